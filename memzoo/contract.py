@@ -1,0 +1,86 @@
+"""What every mixer checks before it computes: the input, the state and the resets it was given.
+
+Dims: B batch, T time, D width.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def state_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of state, gates, decays and sums for a compute dtype: float32, or float64 when `dtype` is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def begin(mixer: Any, x_BTD: jax.Array, state: Any, reset_BT: jax.Array | None) -> Any:
+    """Checks the arguments of a mixer's call and returns the state to begin with.
+
+    Raises ValueError, naming the argument, what was expected and what came.
+    """
+    check_input(x_BTD, mixer.width)
+    B, T, _ = x_BTD.shape
+    check_reset(reset_BT, B, T)
+    if state is None:
+        return mixer.initial_state(B)
+    check_state(state, jax.eval_shape(lambda: mixer.initial_state(B)))
+    return state
+
+
+def check_input(x_BTD: jax.Array, width: int) -> None:
+    if np.ndim(x_BTD) != 3 or np.shape(x_BTD)[-1] != width or np.shape(x_BTD)[1] == 0:
+        raise ValueError(f"x_BTD: expected shape [B, T >= 1, D = {width}], got {list(np.shape(x_BTD))}")
+    if not jnp.issubdtype(x_BTD.dtype, jnp.floating):
+        raise ValueError(f"x_BTD: expected a floating dtype, got {x_BTD.dtype}")
+
+
+def check_reset(reset_BT: jax.Array | None, B: int, T: int) -> None:
+    if reset_BT is None:
+        return
+    if np.shape(reset_BT) != (B, T):
+        raise ValueError(f"reset_BT: expected shape [B = {B}, T = {T}], got {list(np.shape(reset_BT))}")
+    if reset_BT.dtype != jnp.bool_:
+        raise ValueError(f"reset_BT: expected dtype bool, got {reset_BT.dtype}")
+
+
+def check_state(state: Any, expected: Any) -> None:
+    """Compares a state with the shapes and dtypes of `expected`, leaf by leaf."""
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+        raise ValueError(f"state: expected {describe(expected)}, got {describe(state)}")
+    for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(state), strict=True):
+        name = f"state{jax.tree_util.keystr(path)}"
+        if np.shape(got) != want.shape:
+            raise ValueError(f"{name}: expected shape {list(want.shape)}, got {list(np.shape(got))}")
+        if jnp.result_type(got) != want.dtype:
+            raise ValueError(f"{name}: expected dtype {want.dtype}, got {jnp.result_type(got)}")
+
+
+def describe(state: Any) -> str:
+    kind = type(state)
+    if kind.__module__ == "builtins":
+        return str(jax.tree.structure(state)) if isinstance(state, tuple | list | dict) else kind.__name__
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def divisible(name: str, value: int, by_name: str, by: int) -> int:
+    """value // by, or a ValueError that says which field does not divide which."""
+    if by < 1 or value < 1 or value % by:
+        raise ValueError(f"{name}: expected a positive multiple of {by_name} = {by}, got {value}")
+    return value // by
+
+
+def positive(**fields: int) -> None:
+    for name, value in fields.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' with the closest of `known`, or the whole list when nothing is close."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""One architecture per file: sequence in, sequence and state out."""

@@ -1,0 +1,1 @@
+"""Stacks of mixers, and what a single layer cannot be."""

@@ -1,0 +1,62 @@
+"""Clear errors for the arguments of ops: what was expected, and what came.
+
+Dims: single capitals, as in the names of the arguments; a capital stands for one size throughout a call.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from memzoo.contract import nearest
+
+IMPLS = ("scan", "associative", "chunk", "newton", "pallas")
+
+
+def check_impl(op: str, impl: str, forms: tuple[str, ...]) -> None:
+    """Raises ValueError for a name that no op knows, NotImplementedError for a form that this op does not have."""
+    if impl == "auto" or impl in forms:
+        return
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected 'auto' or one of {', '.join(forms)}, got {impl!r}; {nearest(impl, ('auto', *IMPLS))}")
+    raise NotImplementedError(f"impl: {op} has no form {impl!r}; it has {', '.join(forms)}")
+
+
+def check_shapes(**arrays: Any) -> dict[str, int]:
+    """Checks each array against the suffix of its name (q_BTHK has axes B, T, H, K) and returns the sizes.
+
+    None is skipped. Raises ValueError for a wrong rank, for two sizes of one letter, for a size 0, for a dtype that
+    is neither floating nor complex (bool for reset_BT).
+    """
+    sizes: dict[str, int] = {}
+    first: dict[str, str] = {}
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        axes = name.rsplit("_", 1)[1]
+        shape = np.shape(array)
+        if len(shape) != len(axes):
+            raise ValueError(f"{name}: expected {len(axes)} axes [{', '.join(axes)}], got shape {list(shape)}")
+        for axis, size in zip(axes, shape, strict=True):
+            if size == 0:
+                raise ValueError(f"{name}: expected {axis} >= 1, got shape {list(shape)}")
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(f"{name}: expected {axis} = {sizes[axis]} as in {first[axis]}, got shape {list(shape)}")
+            first.setdefault(axis, name)
+        dtype = jnp.result_type(array)
+        if name.startswith("reset"):
+            if dtype != jnp.bool_:
+                raise ValueError(f"{name}: expected dtype bool, got {dtype}")
+        elif not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(f"{name}: expected a floating dtype, got {dtype}")
+    return sizes
+
+
+def check_log_decay(q_BTHK, log_decay):
+    """The log-decay as [B, T, H] or [B, T, H, K], zeros for None, in float32 or wider."""
+    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    if log_decay is None:
+        return jnp.zeros(q_BTHK.shape[:3], wide)
+    name = "log_decay_BTHK" if jnp.ndim(log_decay) == 4 else "log_decay_BTH"
+    check_shapes(q_BTHK=q_BTHK, **{name: log_decay})
+    return log_decay.astype(wide)

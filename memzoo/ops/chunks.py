@@ -1,0 +1,190 @@
+"""What the chunked forms share: cutting time into chunks, decays inside a chunk, and products that respect both.
+
+Three rules keep them exact. Every exponent is a difference of cumulative log-decays that cannot be positive, masked
+with -inf before `exp`. The cumulative sums are kept as a coarse part, exact in float32, and a fine remainder, so that
+a difference of two small numbers survives a strong decay before them. Resets cut a chunk into segments, and a pair of
+tokens, or a token and the incoming state, see each other only inside one segment.
+
+Dims: B batch, T time, H heads, K key, N chunks, C chunk, X anything after time and heads; s and t are 16 rows each.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ROWS = 16  # of a sub-chunk
+COARSE = 2.0**-6  # log-decays are split into multiples of this and a remainder below it
+FLOOR = -2000.0  # exp of it is 0 in float64 too, and 64 of it are still exact multiples of COARSE in float32
+
+
+def matmul(equation: str, *operands: jax.Array) -> jax.Array:
+    """einsum that accumulates in float32 at least; float32 operands are not rounded on the way in (as GPU and TPU do)."""
+    wide = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
+    exact = all(x.dtype == wide for x in operands)
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=wide)
+
+
+def split(x_BTX: jax.Array, C: int) -> jax.Array:
+    """[B, T, H, ...] to [N, B, H, C, ...], or [B, T] to [N, B, C].
+
+    Padded with zeros in front, where they neither write nor forget. (Behind, they would put the last token's write at a
+    distance of 0 from the end of its chunk: see `products`.)
+    """
+    B, T = x_BTX.shape[:2]
+    N = -(-T // C)
+    x = jnp.pad(x_BTX, [(0, 0), (N * C - T, 0)] + [(0, 0)] * (x_BTX.ndim - 2))
+    x = jnp.moveaxis(x.reshape(B, N, C, *x_BTX.shape[2:]), 1, 0)
+    return jnp.moveaxis(x, 2, 3) if x_BTX.ndim > 2 else x
+
+
+def join(x_NBHCX: jax.Array, T: int) -> jax.Array:
+    """The inverse of split: [N, B, H, C, ...] to [B, T, H, ...]."""
+    x = jnp.moveaxis(jnp.moveaxis(x_NBHCX, 3, 2), 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, -T:]
+
+
+class Decay(NamedTuple):
+    """Decays and segments inside one chunk. The log-decays and what comes of them have a last axis of K or 1."""
+
+    coarse_BHCK: jax.Array  # cumulative log-decay, in multiples of COARSE
+    fine_BHCK: jax.Array  # and the rest of it
+    segment_B1C: jax.Array  # how many resets so far
+
+    def between(self, i, j):
+        """log of the decay from token j to token i, slices of the C axis; positive where j comes after i."""
+        coarse, fine = self.coarse_BHCK, self.fine_BHCK
+        return (coarse[..., i, :] - coarse[..., j, :]) + (fine[..., i, :] - fine[..., j, :])
+
+    def from_start(self) -> jax.Array:
+        """Decay of the incoming state as token i sees it: [B, H, C, K or 1], 0 after a reset."""
+        return jnp.where(self.segment_B1C[..., None] == 0, jnp.exp(self.coarse_BHCK + self.fine_BHCK), 0)
+
+    def to_end(self) -> jax.Array:
+        """Decay of token j's write as the outgoing state holds it: [B, H, C, K or 1], 0 before a reset."""
+        last_B11 = self.segment_B1C[..., -1:]
+        log_BHCK = self.between(slice(-1, None), slice(None)).at[..., -1, :].set(0)  # 0 anyway: see `products`
+        return jnp.where((self.segment_B1C == last_B11)[..., None], jnp.exp(log_BHCK), 0)
+
+    def whole(self) -> jax.Array:
+        """Decay of the incoming state over the chunk: [B, H, K or 1, 1], 0 if there is a reset."""
+        return self.from_start()[..., -1, :, None]
+
+    def unbroken(self) -> jax.Array:
+        """True where the chunk has no reset: [B, 1, 1, 1]."""
+        return self.segment_B1C[..., -1:, None] == 0
+
+
+def decay(log_decay_BHCK: jax.Array, reset_BC: jax.Array) -> Decay:
+    """Sums log-decays and resets along the chunk."""
+    clipped = jnp.maximum(log_decay_BHCK, FLOOR)
+    coarse = jnp.round(lax.stop_gradient(clipped) / COARSE) * COARSE
+    cumsum = lambda x: jnp.cumsum(x, axis=-2)
+    return Decay(cumsum(coarse), cumsum(clipped - coarse), jnp.cumsum(reset_BC, axis=-1, dtype=jnp.int32)[:, None])
+
+
+def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
+    """x * by, taken in the dtype of `by` and returned in that of x."""
+    return (x.astype(by.dtype) * by).astype(x.dtype)
+
+
+def products(q_BHCK: jax.Array, k_BHCK: jax.Array, d: Decay) -> jax.Array:
+    """P_ij = sum_K q_iK k_jK exp(decay from j to i), for j <= i in one segment, else 0: [B, H, C, C].
+
+    A token's own write has not decayed. Here and in `to_end` that is written as a constant 0, not as a difference of
+    equals: its gradient is large where decay is strong, and would drown the small ones it cancels among.
+    """
+    C = q_BHCK.shape[-2]
+    row, column = jnp.arange(C)[:, None], jnp.arange(C)[None, :]
+    seen_B1CC = (row >= column) & (d.segment_B1C[..., :, None] == d.segment_B1C[..., None, :])
+    if d.fine_BHCK.shape[-1] == 1:
+        coarse, fine = d.coarse_BHCK[..., 0], d.fine_BHCK[..., 0]
+        log_BHCC = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+        log_BHCC = jnp.where(row == column, 0, jnp.where(seen_B1CC, log_BHCC, -jnp.inf))
+        return matmul("bhik,bhjk->bhij", q_BHCK, k_BHCK) * jnp.exp(log_BHCC)
+    return jnp.where(seen_B1CC, _products_per_key(q_BHCK, k_BHCK, d), 0)
+
+
+def _products_per_key(q_BHCK, k_BHCK, d):
+    """Off-diagonal blocks of 16 rows as matmuls about a point between the two; diagonal blocks entry by entry."""
+    C = q_BHCK.shape[-2]
+    starts = range(0, C, ROWS)
+    block = lambda m: slice(m, min(m + ROWS, C))
+    last = lambda m: slice(min(m + ROWS, C) - 1, min(m + ROWS, C))
+    # k of each block as its last row sees it: every exponent <= 0
+    k_out = [k_BHCK[..., block(m), :] * jnp.exp(d.between(last(m), block(m))).astype(k_BHCK.dtype) for m in starts]
+    rows = []
+    for m in starts:
+        parts = []
+        if m:  # q of this block as the row before it sees it, k carried on from the ends of their blocks to that row
+            before = slice(m - 1, m)
+            q_in = q_BHCK[..., block(m), :] * jnp.exp(d.between(block(m), before)).astype(q_BHCK.dtype)
+            k_in = [k_out[n // ROWS] * jnp.exp(d.between(before, last(n))).astype(k_BHCK.dtype) for n in range(0, m, ROWS)]
+            parts.append(matmul("bhik,bhjk->bhij", q_in, jnp.concatenate(k_in, axis=-2)))
+        parts.append(_diagonal(q_BHCK[..., block(m), :], k_BHCK[..., block(m), :], d, block(m)))
+        width = sum(p.shape[-1] for p in parts)
+        parts.append(jnp.zeros((*parts[-1].shape[:-1], C - width), parts[-1].dtype))
+        rows.append(jnp.concatenate(parts, axis=-1))
+    return jnp.concatenate(rows, axis=-2)
+
+
+def _diagonal(q_BHsK, k_BHsK, d, at):
+    c, f = d.coarse_BHCK[..., at, :], d.fine_BHCK[..., at, :]
+    log_BHstK = (c[..., :, None, :] - c[..., None, :, :]) + (f[..., :, None, :] - f[..., None, :, :])
+    s, t = jnp.arange(q_BHsK.shape[-2])[:, None, None], jnp.arange(q_BHsK.shape[-2])[None, :, None]
+    decay_BHstK = jnp.exp(jnp.where(s == t, 0, jnp.where(s > t, log_BHstK, -jnp.inf)))
+    wide = decay_BHstK.dtype
+    return jnp.sum(q_BHsK[..., :, None, :].astype(wide) * decay_BHstK * k_BHsK[..., None, :, :].astype(wide), -1)
+
+
+@jax.custom_vjp
+def unit_lower_inverse(A: jax.Array) -> jax.Array:
+    """(I + A)^-1 for strictly lower triangular A [..., C, C]: 16-row forward substitution, then block merge.
+
+    Neumann doubling (I - A)(I + A^2)(I + A^4)... is wrong by many orders of magnitude when keys are correlated.
+    """
+    C = A.shape[-1]
+    size = min(ROWS, C)
+    if C % size or (C // size) & (C // size - 1):
+        padded = size * (1 << (-(-C // size) - 1).bit_length())
+        A = jnp.pad(A, [(0, 0)] * (A.ndim - 2) + [(0, padded - C)] * 2)
+        return unit_lower_inverse(A)[..., :C, :C]
+    blocks = jnp.stack([A[..., m : m + size, m : m + size] for m in range(0, C, size)], axis=-3)
+    inverse = _substitute(blocks)  # [..., C / size, size, size]
+    while size < C:  # [[X, 0], [A21, Y]] inverts to [[X', 0], [-Y' A21 X', Y']]
+        lower = jnp.stack([A[..., m + size : m + 2 * size, m : m + size] for m in range(0, C, 2 * size)], axis=-3)
+        X, Y = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -matmul("...ij,...jk->...ik", Y, matmul("...ij,...jk->...ik", lower, X))
+        inverse = jnp.concatenate(
+            [jnp.concatenate([X, jnp.zeros_like(X)], -1), jnp.concatenate([corner, Y], -1)], axis=-2
+        )
+        size *= 2
+    return inverse[..., 0, :, :]
+
+
+def _substitute(A):
+    """Row by row, the batch in the minor axis so that every step is one long vector operation."""
+    n = A.shape[-1]
+    A_ijZ = jnp.moveaxis(A.reshape(-1, n, n), 0, -1)
+    rows = []
+    for i in range(n):
+        row_jZ = jnp.zeros((n, A_ijZ.shape[-1]), A.dtype).at[i].set(1)
+        for j in range(i):
+            row_jZ = row_jZ - A_ijZ[i, j] * rows[j]
+        rows.append(row_jZ)
+    return jnp.moveaxis(jnp.stack(rows), -1, 0).reshape(A.shape)
+
+
+def _inverse_fwd(A):
+    inverse = unit_lower_inverse(A)
+    return inverse, inverse
+
+
+def _inverse_bwd(inverse, d_inverse):
+    dA = -matmul("...ji,...jk->...ik", inverse, matmul("...ij,...kj->...ik", d_inverse, inverse))
+    return (jnp.tril(dA, -1),)
+
+
+unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)

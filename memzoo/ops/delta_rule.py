@@ -1,0 +1,164 @@
+"""The delta rule with decay: a matrix memory that corrects what it holds under a key.
+
+    S~ = exp(log_decay_t) S_{t-1}        S_t = S~ + beta_t k_t (v_t - S~' k_t)'        y_t = S_t' q_t
+
+Source: Schlag, Irie, Schmidhuber, "Linear Transformers Are Secretly Fast Weight Programmers" (2021), arXiv:2102.11174,
+eq. 25; with a decay per head, Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024), arXiv:2412.06464, eq. 10; with a
+decay per key, Kimi Team, "Kimi Linear" (2025), arXiv:2510.26692, eq. 1. The chunked form is the WY representation of
+Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule" (2024), arXiv:2406.06484, sec. 3.2.
+Differs: S is [K, V], the papers' transpose.
+
+Dims: B batch, T time, H heads, K key, V value, N chunks, C chunk.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memzoo.ops import chunks
+from memzoo.ops.checks import check_impl, check_log_decay, check_shapes
+from memzoo.ops.recur import recur
+
+FORMS = ("scan", "associative", "chunk")
+
+
+def step(S_KV, q_K, k_K, v_V, beta, log_decay):
+    """One token, one head; log_decay is a scalar or a vector over K. This is the definition."""
+    S_KV = jnp.exp(log_decay)[..., None] * S_KV
+    S_KV = S_KV + beta * jnp.outer(k_K, v_V - k_K @ S_KV)
+    return S_KV, q_K @ S_KV
+
+
+def delta_rule(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    beta_BTH: jax.Array,
+    log_decay: jax.Array | None = None,
+    S_BHKV: jax.Array | None = None,
+    reset_BT: jax.Array | None = None,
+    *,
+    impl: str = "auto",
+    chunk: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """All T tokens. Returns (y_BTHV, S_BHKV), y in the dtype of v, the state in float32 or wider.
+
+    beta_BTH: the write strength, in [0, 1], or to 2 for negative eigenvalues; beta |k|^2 > 2 diverges, so keys are
+    usually of unit length. log_decay: [B, T, H] or [B, T, H, K], natural log, <= 0; None is no decay.
+    S_BHKV: the incoming state, zeros by default. reset_BT: bool, where True the token begins a new sequence.
+    impl: 'scan', 'associative', 'chunk' or 'auto'. All forms are differentiable in every array; twice, `scan` and
+    `associative`. `chunk` keeps one state per chunk for its gradient.
+    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
+    """
+    check_impl("delta_rule", impl, FORMS)
+    check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, beta_BTH=beta_BTH, S_BHKV=S_BHKV, reset_BT=reset_BT)
+    log_decay = check_log_decay(q_BTHK, log_decay)
+    B, T, H, K = q_BTHK.shape
+    wide = jnp.promote_types(v_BTHV.dtype, jnp.float32)
+    beta_BTH = beta_BTH.astype(wide)
+    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else S_BHKV.astype(wide)
+    if impl == "chunk" or (impl == "auto" and T > 1):
+        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
+        S_BHKV = jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV)
+        log_BTHK = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+        y_BTHV, S_BHKV = _chunked(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
+    else:
+        q, k, v = (x.astype(wide) for x in (q_BTHK, k_BTHK, v_BTHV))
+        form = _associative if impl == "associative" else scan
+        y_BTHV, S_BHKV = form(q, k, v, beta_BTH, log_decay.astype(wide), S_BHKV, reset_BT)
+    return y_BTHV.astype(v_BTHV.dtype), S_BHKV
+
+
+def scan(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
+    return recur(jax.vmap(step), S_BHKV, (q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay), reset_BT)
+
+
+def _associative(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
+    """S_t = M_t S_{t-1} + X_t with M_t = (I - beta k k') diag(exp(log_decay)): products of K x K matrices, for small K."""
+    a_BTHK = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])
+    k_beta = k_BTHK * beta_BTH[..., None]
+    M_BTHKK = (jnp.eye(k_BTHK.shape[-1], dtype=k_BTHK.dtype) - k_beta[..., None] * k_BTHK[..., None, :]) * a_BTHK[..., None, :]
+    X_BTHKV = k_beta[..., None] * v_BTHV[..., None, :]
+    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else reset_BT
+    S_BHKV = jnp.where(reset_BT[:, 0, None, None, None], 0, S_BHKV)
+    X_BTHKV = X_BTHKV.at[:, 0].add(M_BTHKK[:, 0] @ S_BHKV)
+
+    def combine(left, right):
+        (M, X, r), (L, Y, s) = left, right
+        return jnp.where(s, L, L @ M), jnp.where(s, Y, L @ X + Y), r | s
+
+    xs = M_BTHKK, X_BTHKV, reset_BT[..., None, None, None]
+    S_BTHKV = lax.associative_scan(combine, xs, axis=1)[1]
+    return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
+
+
+def _prepare(q_BHCK, k_BHCK, v_BHCV, beta_BHC, log_BHCK, reset_BC):
+    """What a chunk needs of its tokens alone. Its corrected writes are U - W S, for whatever S comes in."""
+    d = chunks.decay(log_BHCK, reset_BC)
+    k_beta = chunks.scaled(k_BHCK, beta_BHC[..., None])
+    A_BHCC = jnp.tril(chunks.products(k_beta, k_BHCK, d), -1)
+    X_BHCC = chunks.unit_lower_inverse(A_BHCC).astype(v_BHCV.dtype)
+    U_BHCV = chunks.matmul("bhij,bhjv->bhiv", X_BHCC, chunks.scaled(v_BHCV, beta_BHC[..., None]))
+    W_BHCK = chunks.matmul("bhij,bhjk->bhik", X_BHCC, chunks.scaled(k_beta, d.from_start())).astype(k_BHCK.dtype)
+    P_BHCC = chunks.products(q_BHCK, k_BHCK, d).astype(v_BHCV.dtype)
+    q_in = chunks.scaled(q_BHCK, d.from_start())
+    k_out = chunks.scaled(k_BHCK, d.to_end())
+    return U_BHCV, W_BHCK, P_BHCC, q_in, k_out, d.whole(), d.unbroken()
+
+
+def _sweep(S_BHKV, prepared):
+    """One chunk: (S, what _prepare returned) -> (S, y)."""
+    U_BHCV, W_BHCK, P_BHCC, q_in, k_out, whole_BHK1, unbroken_B111 = prepared
+    S = S_BHKV.astype(W_BHCK.dtype)
+    V_BHCV = (U_BHCV - chunks.matmul("bhck,bhkv->bhcv", W_BHCK, S)).astype(P_BHCC.dtype)
+    y_BHCV = chunks.matmul("bhck,bhkv->bhcv", q_in, S) + chunks.matmul("bhij,bhjv->bhiv", P_BHCC, V_BHCV)
+    S_BHKV = jnp.where(unbroken_B111, whole_BHK1 * S_BHKV, 0) + chunks.matmul("bhck,bhcv->bhkv", k_out, V_BHCV)
+    return S_BHKV, y_BHCV
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _chunked(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C):
+    y_BTHV, S_BHKV, _ = _forwards(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C)
+    return y_BTHV, S_BHKV
+
+
+def _forwards(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C):
+    xs = tuple(chunks.split(x, C) for x in (q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, reset_BT))
+
+    def one_chunk(S_BHKV, x):
+        S_next, y_BHCV = _sweep(S_BHKV, x)
+        return S_next, (y_BHCV, S_BHKV)
+
+    S_BHKV, (y_NBHCV, S_NBHKV) = lax.scan(one_chunk, S_BHKV, jax.vmap(_prepare)(*xs))
+    return chunks.join(y_NBHCV, q_BTHK.shape[1]), S_BHKV, S_NBHKV
+
+
+def _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C):
+    y_BTHV, last_BHKV, S_NBHKV = _forwards(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C)
+    return (y_BTHV, last_BHKV), (q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, reset_BT, S_NBHKV)
+
+
+def _chunked_bwd(C, saved, cotangents):
+    """The sweep backwards, from the state stored at the start of each chunk; then what was prepared in parallel."""
+    *inputs, reset_BT, S_NBHKV = saved
+    dy_BTHV, dS_BHKV = cotangents
+    xs = tuple(chunks.split(x, C) for x in inputs)
+    reset = chunks.split(reset_BT, C)
+    prepared, pull_prepare = jax.vjp(lambda *xs: jax.vmap(_prepare)(*xs, reset)[:-1], *xs)
+    unbroken = jax.vmap(_prepare)(*xs, reset)[-1]
+
+    def backwards(dS_BHKV, x):
+        prepared, unbroken, S_BHKV, dy_BHCV = x
+        _, pull = jax.vjp(lambda S, prepared: _sweep(S, (*prepared, unbroken)), S_BHKV, prepared)
+        return pull((dS_BHKV, dy_BHCV))
+
+    dS_BHKV, d_prepared = lax.scan(
+        backwards, dS_BHKV, (prepared, unbroken, S_NBHKV, chunks.split(dy_BTHV, C)), reverse=True
+    )
+    gradients = (chunks.join(x, dy_BTHV.shape[1]) for x in pull_prepare(d_prepared))
+    return *gradients, dS_BHKV, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -1,0 +1,118 @@
+"""The elementwise linear recurrence, real or complex.
+
+    h_t = a_t h_{t-1} + x_t
+
+Source: Blelloch, "Prefix Sums and Their Applications" (1990), sec. 1.4, for the associative form; Martin, Cundy,
+"Parallelizing Linear Recurrent Neural Nets Over Sequence Length" (2017), arXiv:1709.04057, for its adjoint.
+
+Dims: B batch, T time, X any one axis of channels, C chunk, N chunks.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memzoo.ops.checks import check_impl, check_shapes
+from memzoo.ops.recur import recur
+
+FORMS = ("scan", "associative", "chunk")
+
+
+def step(h_X, a_X, x_X):
+    """One token. This is the definition."""
+    h_X = a_X * h_X + x_X
+    return h_X, h_X
+
+
+def linear_scan(
+    a_BTX: jax.Array,
+    x_BTX: jax.Array,
+    h_BX: jax.Array | None = None,
+    reset_BT: jax.Array | None = None,
+    *,
+    impl: str = "auto",
+    chunk: int = 32,
+) -> tuple[jax.Array, jax.Array]:
+    """All T tokens. Returns (h_BTX, h_BX), every state and the last one, in float32 or wider.
+
+    a_BTX, x_BTX: real or complex; |a| <= 1 keeps the state bounded. h_BX: the incoming state, zeros by default.
+    reset_BT: bool, where True the token begins a new sequence. impl: 'scan', 'associative', 'chunk' or 'auto'.
+    All forms are differentiable in a, x and h, any number of times; forward mode is `scan`'s alone.
+    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
+    """
+    check_impl("linear_scan", impl, FORMS)
+    check_shapes(x_BTX=x_BTX, a_BTX=a_BTX, h_BX=h_BX, reset_BT=reset_BT)
+    dtype = jnp.result_type(a_BTX, x_BTX, jnp.float32, *([] if h_BX is None else [h_BX]))
+    B, T, X = x_BTX.shape
+    a_BTX, x_BTX = a_BTX.astype(dtype), x_BTX.astype(dtype)
+    h_BX = jnp.zeros((B, X), dtype) if h_BX is None else h_BX.astype(dtype)
+    if impl == "scan" or (impl == "auto" and T < chunk):
+        return recur(step, h_BX, (a_BTX, x_BTX), reset_BT)
+    if reset_BT is not None:
+        a_BTX = jnp.where(reset_BT[..., None], 0, a_BTX)
+        h_BX = jnp.where(reset_BT[:, :1], 0, h_BX)
+    h_BTX = _all_states(a_BTX, x_BTX, h_BX, "chunk" if impl == "auto" else impl, chunk)
+    return h_BTX, h_BTX[:, -1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _all_states(a_BTX, x_BTX, h_BX, impl, chunk):
+    x_BTX = x_BTX.at[:, 0].add(_carry(a_BTX[:, 0], h_BX))
+    return _associative(a_BTX, x_BTX) if impl == "associative" else _chunked(a_BTX, x_BTX, chunk)
+
+
+def _all_states_fwd(a_BTX, x_BTX, h_BX, impl, chunk):
+    h_BTX = _all_states(a_BTX, x_BTX, h_BX, impl, chunk)
+    return h_BTX, (a_BTX, h_BX, h_BTX)
+
+
+def _all_states_bwd(impl, chunk, saved, dh_BTX):
+    """The adjoint is the same recurrence backwards in time: dx_t = dh_t + a_{t+1} dx_{t+1}."""
+    a_BTX, h_BX, h_BTX = saved
+    next_BTX = jnp.concatenate([a_BTX[:, 1:], jnp.zeros_like(a_BTX[:, :1])], axis=1)
+    flip = partial(jnp.flip, axis=1)
+    dx_BTX = flip(_all_states(flip(next_BTX), flip(dh_BTX), jnp.zeros_like(h_BX), impl, chunk))
+    before_BTX = jnp.concatenate([h_BX[:, None], h_BTX[:, :-1]], axis=1)
+    return dx_BTX * before_BTX, dx_BTX, dx_BTX[:, 0] * a_BTX[:, 0]
+
+
+_all_states.defvjp(_all_states_fwd, _all_states_bwd)
+
+
+def _carry(a, h):
+    """a h, and 0 where a = 0 whatever h holds: a reset is a = 0, and inf must not leak past it."""
+    return jnp.where(a == 0, 0, a * h)
+
+
+def _associative(a_BTX, x_BTX):
+    def combine(left, right):
+        (a, x), (b, y) = left, right
+        return a * b, _carry(b, x) + y
+
+    return lax.associative_scan(combine, (a_BTX, x_BTX), axis=1)[1]
+
+
+def _chunked(a_BTX, x_BTX, C):
+    """All chunks side by side from a zero state, token by token; then the chunks' carries; then both together."""
+    B, T, X = x_BTX.shape
+    N = -(-T // C)
+    split = lambda x: jnp.moveaxis(jnp.pad(x, ((0, 0), (0, N * C - T), (0, 0))).reshape(B, N, C, X), 2, 0)
+
+    def within(carry, ax):
+        h_BNX, p_BNX = carry
+        a_BNX, x_BNX = ax
+        h_BNX, p_BNX = _carry(a_BNX, h_BNX) + x_BNX, a_BNX * p_BNX
+        return (h_BNX, p_BNX), (h_BNX, p_BNX)
+
+    zero_BNX = jnp.zeros((B, N, X), x_BTX.dtype)
+    (h_BNX, p_BNX), (h_CBNX, p_CBNX) = lax.scan(within, (zero_BNX, zero_BNX + 1), (split(a_BTX), split(x_BTX)))
+
+    def across(h_BX, hp):
+        return _carry(hp[1], h_BX) + hp[0], h_BX
+
+    chunks = jnp.moveaxis(h_BNX, 1, 0), jnp.moveaxis(p_BNX, 1, 0)
+    _, before_NBX = lax.scan(across, jnp.zeros((B, X), x_BTX.dtype), chunks)
+    h_CBNX = h_CBNX + _carry(p_CBNX, jnp.moveaxis(before_NBX, 0, 1))
+    return jnp.moveaxis(h_CBNX, 0, 2).reshape(B, N * C, X)[:, :T]

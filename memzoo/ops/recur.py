@@ -1,0 +1,39 @@
+"""The definition of every recurrence: `step` folded over time.
+
+Dims: B batch, T time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def recur(
+    step: Callable[[Any, Any], tuple[Any, Any]], state: Any, xs: Any, reset_BT: jax.Array | None = None, fresh: Any = None
+) -> tuple[Any, Any]:
+    """Folds `state, y = step(state, *x)` over time, one row of the batch at a time.
+
+    state: arrays [B, ...]; xs: a tuple of arrays [B, T, ...], each x without B and T.
+    reset_BT: where True, the row's state is replaced by `fresh` (zeros by default, no leading B) before the token.
+    Returns (ys [B, T, ...], state).
+    """
+    fresh = jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype), state) if fresh is None else fresh
+
+    def row(state, x, reset):
+        if reset is not None:  # `where`, not a product: whatever the old state holds, NaN too, must not pass
+            state = jax.tree.map(lambda s, f: jnp.where(reset, f, s), state, fresh)
+        return step(state, *x)
+
+    def token(state, x_reset):
+        return jax.vmap(row)(state, *x_reset)
+
+    state, ys = lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (xs, reset_BT)))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), ys), state
+
+
+def widen(xs: Any) -> Any:
+    """Every array of the pytree in float32 at least (complex64 at least, if complex), for the definition's sake."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), xs)

@@ -1,0 +1,43 @@
+"""The short causal convolution in front of a recurrence, one filter per channel, with its tail as state.
+
+    y_t = sum_w f_w x_{t - (W - 1) + w}
+
+Source: Fu et al., "Hungry Hungry Hippos" (2022), arXiv:2212.14052, sec. 3 (the shift SSM it replaces); Gu, Dao, "Mamba"
+(2023), arXiv:2312.00752, sec. 3.4 (the depthwise convolution of width 4 that everyone uses).
+
+Dims: B batch, T time, X channels, W filter width, P = W - 1 past inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from memzoo.ops.checks import check_shapes
+
+
+def short_conv(
+    x_BTX: jax.Array, f_WX: jax.Array, past_BPX: jax.Array | None = None, reset_BT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """All T tokens. Returns (y_BTX, past_BPX), the last P inputs since the last reset, zeros before it.
+
+    f_WX: the last row multiplies the present input. past_BPX: in float32 or wider; zeros by default.
+    reset_BT: bool, where True neither this token nor later ones see inputs from before.
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    check_shapes(x_BTX=x_BTX, f_WX=f_WX, past_BPX=past_BPX, reset_BT=reset_BT)
+    B, T, X = x_BTX.shape
+    P = f_WX.shape[0] - 1
+    wide = jnp.promote_types(x_BTX.dtype, jnp.float32)
+    past_BPX = jnp.zeros((B, P, X), wide) if past_BPX is None else past_BPX
+    if past_BPX.shape[1] != P:
+        raise ValueError(f"past_BPX: expected P = W - 1 = {P}, got shape {list(past_BPX.shape)}")
+    seen_BLX = jnp.concatenate([past_BPX.astype(wide), x_BTX.astype(wide)], axis=1)  # L = P + T
+    if reset_BT is None:
+        y_BTX = sum(seen_BLX[:, w : w + T] * f_WX[w].astype(wide) for w in range(P + 1))
+        return y_BTX.astype(x_BTX.dtype), seen_BLX[:, T:]
+    # Inputs are visible to tokens of their own sequence only: the past counts as sequence 0.
+    of_BT = jnp.cumsum(reset_BT, axis=1)
+    of_BL = jnp.concatenate([jnp.zeros((B, P), of_BT.dtype), of_BT], axis=1)
+    same = lambda w: (of_BL[:, w : w + T] == of_BT)[..., None]
+    y_BTX = sum(jnp.where(same(w), seen_BLX[:, w : w + T], 0) * f_WX[w].astype(wide) for w in range(P + 1))
+    past_BPX = jnp.where((of_BL[:, T:] == of_BT[:, -1:])[..., None], seen_BLX[:, T:], 0)
+    return y_BTX.astype(x_BTX.dtype), past_BPX

@@ -1,0 +1,1 @@
+"""Data: pure, seeded generators and real corpora, served through grain."""

@@ -1,0 +1,87 @@
+"""The catalogue: one row per architecture, and the three functions that read it."""
+
+import importlib
+from typing import Any, NamedTuple
+
+from memzoo.contract import nearest
+
+
+class Card(NamedTuple):
+    """What the catalogue says of one architecture. Its class is `flax_class` of `module`."""
+
+    name: str
+    family: str
+    title: str  # of the paper
+    arxiv: str  # its number, or "" where it has none
+    state: str  # "constant" in T, or "grows"
+    forms: tuple[str, ...]  # what `impl` takes besides "auto"; the first is the definition
+    line: str  # what it is, in one line
+    flax_class: str
+
+    @property
+    def module(self) -> str:
+        return f"memzoo.mixers.{self.name}"
+
+
+_LINEAR = ("scan", "associative", "chunk")
+
+# fmt: off
+_CARDS = (
+    Card("attention", "attention", "Attention Is All You Need", "1706.03762", "constant", ("scan", "chunk"),
+         "softmax over the last `window` tokens and `sinks` first ones, RoPE, grouped keys", "Attention"),
+    Card("lstm", "gated rnn", "Learning to Forget: Continual Prediction with LSTM", "", "constant", ("scan", "newton"),
+         "input, forget and output gates around an additive cell", "LSTM"),
+    Card("gru", "gated rnn", "Learning Phrase Representations using RNN Encoder-Decoder", "1406.1078", "constant",
+         ("scan", "newton"), "reset and update gates around one state", "GRU"),
+    Card("lru", "ssm", "Resurrecting Recurrent Neural Networks for Long Sequences", "2303.06349", "constant", _LINEAR,
+         "a complex diagonal linear recurrence, stable by exponential parameters", "LRU"),
+    Card("mamba2", "ssm", "Transformers are SSMs", "2405.21060", "constant", _LINEAR,
+         "state-space duality: one input-dependent decay per head", "Mamba2"),
+    Card("linear_attention", "linear attention", "Transformers are RNNs", "2006.16236", "constant", _LINEAR,
+         "positive feature maps, a matrix memory and its normaliser", "LinearAttention"),
+    Card("retnet", "linear attention", "Retentive Network", "2307.08621", "constant", _LINEAR,
+         "a fixed decay per head, rotary queries and keys", "RetNet"),
+    Card("gla", "linear attention", "Gated Linear Attention Transformers", "2312.06635", "constant", _LINEAR,
+         "an input-dependent decay per key channel", "GLA"),
+    Card("deltanet", "delta rule", "Parallelizing Linear Transformers with the Delta Rule", "2406.06484", "constant",
+         _LINEAR, "writes correct what the memory holds under a key", "DeltaNet"),
+    Card("gated_deltanet", "delta rule", "Gated Delta Networks", "2412.06464", "constant", _LINEAR,
+         "the delta rule, and a gate that forgets", "GatedDeltaNet"),
+)
+# fmt: on
+
+_BY_NAME = {card.name: card for card in _CARDS}
+
+
+def names(family: str | None = None) -> tuple[str, ...]:
+    """The names of all architectures, or of one family, in the order of the catalogue.
+
+    Raises ValueError for an unknown family, with the nearest ones.
+    """
+    families = dict.fromkeys(card.family for card in _CARDS)
+    if family is not None and family not in families:
+        raise ValueError(f"family: unknown family {family!r}; {nearest(family, families)}")
+    return tuple(card.name for card in _CARDS if family in (None, card.family))
+
+
+def card(name: str) -> Card:
+    """The catalogue's row for `name`. Raises ValueError for an unknown name, with the nearest ones."""
+    if name not in _BY_NAME:
+        raise ValueError(f"name: unknown architecture {name!r}; {nearest(str(name), _BY_NAME)}")
+    return _BY_NAME[name]
+
+
+def make(name: str, *, width: int, **fields: Any) -> Any:
+    """A mixer by name, as a flax.linen.Module; every field but width has the paper's default.
+
+    width: D, the size of the last axis in and out. fields: the module's own, listed in its class.
+    Raises ValueError for an unknown name or field, with the nearest ones, and for a field out of its range;
+    NotImplementedError for an `impl` that the architecture does not have.
+    """
+    row = card(name)
+    flax_class = getattr(importlib.import_module(row.module), row.flax_class)
+    known = [field for field in flax_class.__dataclass_fields__ if field not in ("parent", "name")]
+    for field in fields:
+        if field not in known:
+            raise ValueError(f"{field}: {name} has no such field; {nearest(field, known)}")
+    return flax_class(width=width, **fields)
