@@ -59,4 +59,4 @@ def check_log_decay(q_BTHK, log_decay):
         return jnp.zeros(q_BTHK.shape[:3], wide)
     name = "log_decay_BTHK" if jnp.ndim(log_decay) == 4 else "log_decay_BTH"
     check_shapes(q_BTHK=q_BTHK, **{name: log_decay})
-    return log_decay.astype(wide)
+    return jnp.asarray(log_decay, wide)

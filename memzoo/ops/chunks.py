@@ -5,7 +5,8 @@ with -inf before `exp`. The cumulative sums are kept as a coarse part, exact in 
 a difference of two small numbers survives a strong decay before them. Resets cut a chunk into segments, and a pair of
 tokens, or a token and the incoming state, see each other only inside one segment.
 
-Dims: B batch, T time, H heads, K key, N chunks, C chunk, X anything after time and heads; s and t are 16 rows each.
+Dims: B batch, T time, H heads, K key, N chunks, C chunk, R sets of rows,
+      X anything after time and heads.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ROWS = 16  # of a sub-chunk
+ROWS = 16  # of forward substitution
 COARSE = 2.0**-6  # log-decays are split into multiples of this and a remainder below it
 FLOOR = -2000.0  # exp of it is 0 in float64 too, and 64 of it are still exact multiples of COARSE in float32
 
@@ -90,53 +91,44 @@ def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
     return (x.astype(by.dtype) * by).astype(x.dtype)
 
 
-def products(q_BHCK: jax.Array, k_BHCK: jax.Array, d: Decay) -> jax.Array:
-    """P_ij = sum_K q_iK k_jK exp(decay from j to i), for j <= i in one segment, else 0: [B, H, C, C].
+def products(q_RBHCK: jax.Array, k_BHCK: jax.Array, d: Decay) -> jax.Array:
+    """P_ij = sum_K q_iK k_jK exp(decay from j to i), for j <= i in one segment, else 0: [R, B, H, C, C], R sets of rows.
 
     A token's own write has not decayed. Here and in `to_end` that is written as a constant 0, not as a difference of
     equals: its gradient is large where decay is strong, and would drown the small ones it cancels among.
     """
-    C = q_BHCK.shape[-2]
+    C = k_BHCK.shape[-2]
     row, column = jnp.arange(C)[:, None], jnp.arange(C)[None, :]
     seen_B1CC = (row >= column) & (d.segment_B1C[..., :, None] == d.segment_B1C[..., None, :])
-    if d.fine_BHCK.shape[-1] == 1:
-        coarse, fine = d.coarse_BHCK[..., 0], d.fine_BHCK[..., 0]
-        log_BHCC = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
-        log_BHCC = jnp.where(row == column, 0, jnp.where(seen_B1CC, log_BHCC, -jnp.inf))
-        return matmul("bhik,bhjk->bhij", q_BHCK, k_BHCK) * jnp.exp(log_BHCC)
-    return jnp.where(seen_B1CC, _products_per_key(q_BHCK, k_BHCK, d), 0)
+    if d.fine_BHCK.shape[-1] > 1:
+        return jnp.where(seen_B1CC, _products_per_key(q_RBHCK, k_BHCK, d), 0)
+    coarse, fine = d.coarse_BHCK[..., 0], d.fine_BHCK[..., 0]
+    log_BHCC = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+    log_BHCC = jnp.where(row == column, 0, jnp.where(seen_B1CC, log_BHCC, -jnp.inf))
+    return matmul("rbhik,bhjk->rbhij", q_RBHCK, k_BHCK) * jnp.exp(log_BHCC)
 
 
-def _products_per_key(q_BHCK, k_BHCK, d):
-    """Off-diagonal blocks of 16 rows as matmuls about a point between the two; diagonal blocks entry by entry."""
-    C = q_BHCK.shape[-2]
-    starts = range(0, C, ROWS)
-    block = lambda m: slice(m, min(m + ROWS, C))
-    last = lambda m: slice(min(m + ROWS, C) - 1, min(m + ROWS, C))
-    # k of each block as its last row sees it: every exponent <= 0
-    k_out = [k_BHCK[..., block(m), :] * jnp.exp(d.between(last(m), block(m))).astype(k_BHCK.dtype) for m in starts]
-    rows = []
-    for m in starts:
-        parts = []
-        if m:  # q of this block as the row before it sees it, k carried on from the ends of their blocks to that row
-            before = slice(m - 1, m)
-            q_in = q_BHCK[..., block(m), :] * jnp.exp(d.between(block(m), before)).astype(q_BHCK.dtype)
-            k_in = [k_out[n // ROWS] * jnp.exp(d.between(before, last(n))).astype(k_BHCK.dtype) for n in range(0, m, ROWS)]
-            parts.append(matmul("bhik,bhjk->bhij", q_in, jnp.concatenate(k_in, axis=-2)))
-        parts.append(_diagonal(q_BHCK[..., block(m), :], k_BHCK[..., block(m), :], d, block(m)))
-        width = sum(p.shape[-1] for p in parts)
-        parts.append(jnp.zeros((*parts[-1].shape[:-1], C - width), parts[-1].dtype))
-        rows.append(jnp.concatenate(parts, axis=-1))
-    return jnp.concatenate(rows, axis=-2)
-
-
-def _diagonal(q_BHsK, k_BHsK, d, at):
-    c, f = d.coarse_BHCK[..., at, :], d.fine_BHCK[..., at, :]
-    log_BHstK = (c[..., :, None, :] - c[..., None, :, :]) + (f[..., :, None, :] - f[..., None, :, :])
-    s, t = jnp.arange(q_BHsK.shape[-2])[:, None, None], jnp.arange(q_BHsK.shape[-2])[None, :, None]
-    decay_BHstK = jnp.exp(jnp.where(s == t, 0, jnp.where(s > t, log_BHstK, -jnp.inf)))
-    wide = decay_BHstK.dtype
-    return jnp.sum(q_BHsK[..., :, None, :].astype(wide) * decay_BHstK * k_BHsK[..., None, :, :].astype(wide), -1)
+def _products_per_key(q_RBHCK, k_BHCK, d):
+    """By halves: a pair of tokens meets where their block is cut in two, and both decay to the cut, exponents <= 0."""
+    C = k_BHCK.shape[-2]
+    size = 1 << (C - 1).bit_length()
+    pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - C), (0, 0)], mode="edge")
+    q, k, coarse, fine = (pad(x) for x in (q_RBHCK, k_BHCK, d.coarse_BHCK, d.fine_BHCK))
+    P = matmul("rbhck,bhck->rbhc", q, k)[..., None, None]  # [R, B, H, size, 1, 1], blocks of one token
+    half = 1
+    while half < size:
+        cut = lambda x: x.reshape(*x.shape[:-2], size // (2 * half), 2 * half, x.shape[-1])
+        c, f = cut(coarse), cut(fine)
+        mid = slice(half - 1, half)
+        to_late = jnp.exp((c[..., half:, :] - c[..., mid, :]) + (f[..., half:, :] - f[..., mid, :]))
+        from_early = jnp.exp((c[..., mid, :] - c[..., :half, :]) + (f[..., mid, :] - f[..., :half, :]))
+        q_late, k_early = scaled(cut(q)[..., half:, :], to_late), scaled(cut(k)[..., :half, :], from_early)
+        corner = matmul("rbhnik,bhnjk->rbhnij", q_late, k_early)
+        X, Y = P[..., 0::2, :, :], P[..., 1::2, :, :]
+        top, bottom = jnp.concatenate([X, jnp.zeros_like(X)], -1), jnp.concatenate([corner, Y], -1)
+        P = jnp.concatenate([top, bottom], -2)
+        half *= 2
+    return P[..., 0, :C, :C]
 
 
 @jax.custom_vjp

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memzoo.contract import positive
 from memzoo.ops import chunks
 from memzoo.ops.checks import check_impl, check_log_decay, check_shapes
 from memzoo.ops.recur import recur
@@ -52,15 +53,17 @@ def delta_rule(
     `associative`. `chunk` keeps one state per chunk for its gradient.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """
+    positive(chunk=chunk)
     check_impl("delta_rule", impl, FORMS)
     check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, beta_BTH=beta_BTH, S_BHKV=S_BHKV, reset_BT=reset_BT)
+    q_BTHK, k_BTHK, v_BTHV = jnp.asarray(q_BTHK), jnp.asarray(k_BTHK), jnp.asarray(v_BTHV)
     log_decay = check_log_decay(q_BTHK, log_decay)
     B, T, H, K = q_BTHK.shape
     wide = jnp.promote_types(v_BTHV.dtype, jnp.float32)
-    beta_BTH = beta_BTH.astype(wide)
-    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else S_BHKV.astype(wide)
+    beta_BTH = jnp.asarray(beta_BTH, wide)
+    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else jnp.asarray(S_BHKV, wide)
     if impl == "chunk" or (impl == "auto" and T > 1):
-        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
+        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else jnp.asarray(reset_BT)
         S_BHKV = jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV)
         log_BTHK = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         y_BTHV, S_BHKV = _chunked(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
@@ -81,7 +84,7 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
     k_beta = k_BTHK * beta_BTH[..., None]
     M_BTHKK = (jnp.eye(k_BTHK.shape[-1], dtype=k_BTHK.dtype) - k_beta[..., None] * k_BTHK[..., None, :]) * a_BTHK[..., None, :]
     X_BTHKV = k_beta[..., None] * v_BTHV[..., None, :]
-    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else reset_BT
+    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else jnp.asarray(reset_BT)
     S_BHKV = jnp.where(reset_BT[:, 0, None, None, None], 0, S_BHKV)
     X_BTHKV = X_BTHKV.at[:, 0].add(M_BTHKK[:, 0] @ S_BHKV)
 
@@ -98,11 +101,11 @@ def _prepare(q_BHCK, k_BHCK, v_BHCV, beta_BHC, log_BHCK, reset_BC):
     """What a chunk needs of its tokens alone. Its corrected writes are U - W S, for whatever S comes in."""
     d = chunks.decay(log_BHCK, reset_BC)
     k_beta = chunks.scaled(k_BHCK, beta_BHC[..., None])
-    A_BHCC = jnp.tril(chunks.products(k_beta, k_BHCK, d), -1)
-    X_BHCC = chunks.unit_lower_inverse(A_BHCC).astype(v_BHCV.dtype)
+    P_BHCC, A_BHCC = chunks.products(jnp.stack([q_BHCK, k_beta]), k_BHCK, d)
+    X_BHCC = chunks.unit_lower_inverse(jnp.tril(A_BHCC, -1)).astype(v_BHCV.dtype)
     U_BHCV = chunks.matmul("bhij,bhjv->bhiv", X_BHCC, chunks.scaled(v_BHCV, beta_BHC[..., None]))
     W_BHCK = chunks.matmul("bhij,bhjk->bhik", X_BHCC, chunks.scaled(k_beta, d.from_start())).astype(k_BHCK.dtype)
-    P_BHCC = chunks.products(q_BHCK, k_BHCK, d).astype(v_BHCV.dtype)
+    P_BHCC = P_BHCC.astype(v_BHCV.dtype)
     q_in = chunks.scaled(q_BHCK, d.from_start())
     k_out = chunks.scaled(k_BHCK, d.to_end())
     return U_BHCV, W_BHCK, P_BHCC, q_in, k_out, d.whole(), d.unbroken()
@@ -128,10 +131,10 @@ def _forwards(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C):
     xs = tuple(chunks.split(x, C) for x in (q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, reset_BT))
 
     def one_chunk(S_BHKV, x):
-        S_next, y_BHCV = _sweep(S_BHKV, x)
+        S_next, y_BHCV = _sweep(S_BHKV, _prepare(*x))
         return S_next, (y_BHCV, S_BHKV)
 
-    S_BHKV, (y_NBHCV, S_NBHKV) = lax.scan(one_chunk, S_BHKV, jax.vmap(_prepare)(*xs))
+    S_BHKV, (y_NBHCV, S_NBHKV) = lax.scan(one_chunk, S_BHKV, xs)
     return chunks.join(y_NBHCV, q_BTHK.shape[1]), S_BHKV, S_NBHKV
 
 
@@ -141,24 +144,19 @@ def _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C
 
 
 def _chunked_bwd(C, saved, cotangents):
-    """The sweep backwards, from the state stored at the start of each chunk; then what was prepared in parallel."""
+    """The sweep backwards, from the state stored at the start of each chunk; the rest of a chunk is computed again."""
     *inputs, reset_BT, S_NBHKV = saved
     dy_BTHV, dS_BHKV = cotangents
-    xs = tuple(chunks.split(x, C) for x in inputs)
-    reset = chunks.split(reset_BT, C)
-    prepared, pull_prepare = jax.vjp(lambda *xs: jax.vmap(_prepare)(*xs, reset)[:-1], *xs)
-    unbroken = jax.vmap(_prepare)(*xs, reset)[-1]
 
     def backwards(dS_BHKV, x):
-        prepared, unbroken, S_BHKV, dy_BHCV = x
-        _, pull = jax.vjp(lambda S, prepared: _sweep(S, (*prepared, unbroken)), S_BHKV, prepared)
-        return pull((dS_BHKV, dy_BHCV))
+        *inputs, reset, S_BHKV, dy_BHCV = x
+        _, pull = jax.vjp(lambda S, *inputs: _sweep(S, _prepare(*inputs, reset)), S_BHKV, *inputs)
+        dS_BHKV, *gradients = pull((dS_BHKV, dy_BHCV))
+        return dS_BHKV, gradients
 
-    dS_BHKV, d_prepared = lax.scan(
-        backwards, dS_BHKV, (prepared, unbroken, S_NBHKV, chunks.split(dy_BTHV, C)), reverse=True
-    )
-    gradients = (chunks.join(x, dy_BTHV.shape[1]) for x in pull_prepare(d_prepared))
-    return *gradients, dS_BHKV, None
+    xs = tuple(chunks.split(x, C) for x in (*inputs, reset_BT))
+    dS_BHKV, gradients = lax.scan(backwards, dS_BHKV, (*xs, S_NBHKV, chunks.split(dy_BTHV, C)), reverse=True)
+    return *(chunks.join(x, dy_BTHV.shape[1]) for x in gradients), dS_BHKV, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

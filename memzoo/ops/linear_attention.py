@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memzoo.contract import positive
 from memzoo.ops import chunks
 from memzoo.ops.checks import check_impl, check_log_decay, check_shapes
 from memzoo.ops.recur import recur
@@ -47,14 +48,16 @@ def linear_attention(
     The gradient of `chunk` stores no states: a forward sweep for q and a backward one for k and v recompute them.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """
+    positive(chunk=chunk)
     check_impl("linear_attention", impl, FORMS)
     check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, S_BHKV=S_BHKV, reset_BT=reset_BT)
+    q_BTHK, k_BTHK, v_BTHV = jnp.asarray(q_BTHK), jnp.asarray(k_BTHK), jnp.asarray(v_BTHV)
     log_decay = check_log_decay(q_BTHK, log_decay)
     B, T, H, K = q_BTHK.shape
     wide = jnp.promote_types(v_BTHV.dtype, jnp.float32)
-    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else S_BHKV.astype(wide)
+    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else jnp.asarray(S_BHKV, wide)
     if impl == "chunk" or (impl == "auto" and T > 1):
-        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
+        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else jnp.asarray(reset_BT)
         S_BHKV = jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV)
         log_BTHK = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         y_BTHV, S_BHKV = _chunked(q_BTHK, k_BTHK, v_BTHV, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
@@ -74,8 +77,8 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
     """Every state at once, so memory grows with T K V: for short sequences and long memories of few entries."""
     a_BTHK1 = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])[..., None]
     x_BTHKV = k_BTHK[..., None] * v_BTHV[..., None, :]
-    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else reset_BT
-    x_BTHKV = x_BTHKV.at[:, 0].add(jnp.where(reset_BT[:, 0, None, None, None], 0, a_BTHK1[:, 0] * S_BHKV))
+    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else jnp.asarray(reset_BT)
+    x_BTHKV = x_BTHKV.at[:, 0].add(a_BTHK1[:, 0] * jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV))
 
     def combine(left, right):
         (a, x, r), (b, y, s) = left, right
@@ -106,7 +109,7 @@ def _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, log_BTHK, S_BHKV, reset_BT, C):
 
 def _read(q_BHCK, k_BHCK, v_BHCV, log_BHCK, S_BHKV, reset_BC):
     d = chunks.decay(log_BHCK, reset_BC)
-    P_BHCC = chunks.products(q_BHCK, k_BHCK, d).astype(v_BHCV.dtype)
+    P_BHCC = chunks.products(q_BHCK[None], k_BHCK, d)[0].astype(v_BHCV.dtype)
     q_in = chunks.scaled(q_BHCK, d.from_start())
     y_BHCV = chunks.matmul("bhij,bhjv->bhiv", P_BHCC, v_BHCV)
     return y_BHCV + chunks.matmul("bhik,bhkv->bhiv", q_in, S_BHKV.astype(q_in.dtype))

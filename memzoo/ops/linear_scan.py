@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memzoo.contract import positive
 from memzoo.ops.checks import check_impl, check_shapes
 from memzoo.ops.recur import recur
 
@@ -42,12 +43,13 @@ def linear_scan(
     All forms are differentiable in a, x and h, any number of times; forward mode is `scan`'s alone.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """
+    positive(chunk=chunk)
     check_impl("linear_scan", impl, FORMS)
     check_shapes(x_BTX=x_BTX, a_BTX=a_BTX, h_BX=h_BX, reset_BT=reset_BT)
     dtype = jnp.result_type(a_BTX, x_BTX, jnp.float32, *([] if h_BX is None else [h_BX]))
     B, T, X = x_BTX.shape
-    a_BTX, x_BTX = a_BTX.astype(dtype), x_BTX.astype(dtype)
-    h_BX = jnp.zeros((B, X), dtype) if h_BX is None else h_BX.astype(dtype)
+    a_BTX, x_BTX = jnp.asarray(a_BTX, dtype), jnp.asarray(x_BTX, dtype)
+    h_BX = jnp.zeros((B, X), dtype) if h_BX is None else jnp.asarray(h_BX, dtype)
     if impl == "scan" or (impl == "auto" and T < chunk):
         return recur(step, h_BX, (a_BTX, x_BTX), reset_BT)
     if reset_BT is not None:

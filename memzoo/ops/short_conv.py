@@ -25,6 +25,7 @@ def short_conv(
     """
     check_shapes(x_BTX=x_BTX, f_WX=f_WX, past_BPX=past_BPX, reset_BT=reset_BT)
     B, T, X = x_BTX.shape
+    x_BTX, f_WX = jnp.asarray(x_BTX), jnp.asarray(f_WX)
     P = f_WX.shape[0] - 1
     wide = jnp.promote_types(x_BTX.dtype, jnp.float32)
     past_BPX = jnp.zeros((B, P, X), wide) if past_BPX is None else past_BPX
