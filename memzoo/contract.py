@@ -47,12 +47,12 @@ def check_reset(reset_BT: jax.Array | None, B: int, T: int) -> None:
         raise ValueError(f"reset_BT: expected dtype bool, got {reset_BT.dtype}")
 
 
-def check_state(state: Any, expected: Any) -> None:
-    """Compares a state with the shapes and dtypes of `expected`, leaf by leaf."""
+def check_state(state: Any, expected: Any, whose: str = "state") -> None:
+    """Compares a state with the shapes and dtypes of `expected`, leaf by leaf. `whose` names it in the errors."""
     if jax.tree.structure(state) != jax.tree.structure(expected):
-        raise ValueError(f"state: expected {describe(expected)}, got {describe(state)}")
+        raise ValueError(f"{whose}: expected {describe(expected)}, got {describe(state)}")
     for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(state), strict=True):
-        name = f"state{jax.tree_util.keystr(path)}"
+        name = f"{whose}{jax.tree_util.keystr(path)}"
         if np.shape(got) != want.shape:
             raise ValueError(f"{name}: expected shape {list(want.shape)}, got {list(np.shape(got))}")
         if jnp.result_type(got) != want.dtype:

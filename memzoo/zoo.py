@@ -74,7 +74,8 @@ def card(name: str) -> Card:
 def make(name: str, *, width: int, **fields: Any) -> Any:
     """A mixer by name, as a flax.linen.Module; every field but width has the paper's default.
 
-    width: D, the size of the last axis in and out. fields: the module's own, listed in its class.
+    width: D, the size of the last axis in and out. fields: the module's own, listed in its class, and Flax's `parent`
+    (None makes a mixer that belongs to no other module, wherever it is made).
     Raises ValueError for an unknown name or field, with the nearest ones, and for a field out of its range;
     NotImplementedError for an `impl` that the architecture does not have.
     """
@@ -82,6 +83,6 @@ def make(name: str, *, width: int, **fields: Any) -> Any:
     flax_class = getattr(importlib.import_module(row.module), row.flax_class)
     known = [field for field in flax_class.__dataclass_fields__ if field not in ("parent", "name")]
     for field in fields:
-        if field not in known:
+        if field not in (*known, "parent"):
             raise ValueError(f"{field}: {name} has no such field; {nearest(field, known)}")
     return flax_class(width=width, **fields)
