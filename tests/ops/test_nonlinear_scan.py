@@ -1,0 +1,278 @@
+"""newton is scan: in values, final state and gradients, whatever the dynamics, and it says how long it took.
+
+Dims: B batch, T time, X channels.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memzoo import ops
+
+B, X = 2, 5
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+
+
+class Weights(NamedTuple):
+    U_XX: jax.Array
+    gate_X: jax.Array
+
+
+def cell(w, h_X, x):
+    """A leaky tanh RNN whose leak depends on the input: its Jacobian is neither diagonal nor constant."""
+    leak_X = jax.nn.sigmoid(w.gate_X * x["in_X"])
+    return leak_X * h_X + (1 - leak_X) * jnp.tanh(w.U_XX @ h_X + x["in_X"] + x["kind"])
+
+
+def cell_numpy(w, h_BX, xs, reset_BT):
+    """The same in numpy, written from the equation. Returns h_BTX."""
+    h_BX, hs = np.array(h_BX), []
+    for t in range(reset_BT.shape[1]):
+        in_BX, kind_B1 = xs["in_X"][:, t], xs["kind"][:, t, None]
+        h_BX = np.where(reset_BT[:, t, None], 0, h_BX)
+        leak_BX = 1 / (1 + np.exp(-w.gate_X * in_BX))
+        h_BX = leak_BX * h_BX + (1 - leak_BX) * np.tanh(h_BX @ w.U_XX.T + in_BX + kind_B1)
+        hs.append(h_BX)
+    return np.stack(hs, 1)
+
+
+def problem(T, gain, dtype="float64"):
+    rng = np.random.default_rng(T)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(dtype)
+
+    w = Weights(gain * draw(X, X) / np.sqrt(X).astype(dtype), draw(X))
+    xs = {"in_X": draw(B, T, X), "kind": rng.integers(0, 2, (B, T), dtype="int32")}
+    return w, draw(B, X), xs, draw(B, T, X)
+
+
+def resets(T):
+    """At the first token, at the last, and two in a row."""
+    reset_BT = np.zeros((B, T), bool)
+    reset_BT[0, [0, T - 1]] = reset_BT[1, T // 2 : T // 2 + 2] = True
+    return reset_BT
+
+
+@partial(jax.jit, static_argnames=("impl", "jacobian"))
+def everything(w, h_BX, in_BTX, kind, reset_BT, dh_BTX, impl, jacobian="full"):
+    """Values, final state, and the gradients to weights, state and inputs."""
+
+    def loss(w, h_BX, in_BTX):
+        xs = {"in_X": in_BTX, "kind": kind}
+        h_BTX, last_BX = ops.nonlinear_scan(partial(cell, w), h_BX, xs, reset_BT, impl=impl, jacobian=jacobian)
+        return jnp.vdot(h_BTX, dh_BTX) + jnp.sum(last_BX**2), (h_BTX, last_BX)
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(w, h_BX, in_BTX)
+
+
+@partial(jax.jit, static_argnames=("jacobian", "max_iterations"))
+def newton(w, h_BX, xs, reset_BT=None, jacobian="full", max_iterations=None):
+    return ops.newton_scan(partial(cell, w), h_BX, xs, reset_BT, jacobian=jacobian, max_iterations=max_iterations)
+
+
+def assert_close(got, want, tolerance):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        assert np.sqrt(np.mean((g - w) ** 2)) <= tolerance * np.sqrt(np.mean(w**2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("T", [1, 13])
+def test_forms_agree_in_values_and_gradients(dtype, T):
+    with jax.enable_x64(dtype == "float64"):
+        w, h_BX, xs, dh_BTX = problem(T, 1.5, dtype)
+        for reset_BT in (resets(T), np.zeros((B, T), bool)) if T > 1 else (np.array([[True], [False]]),):
+            args = w, h_BX, xs["in_X"], xs["kind"], reset_BT, dh_BTX
+            want = everything(*args, "scan")
+            assert_close(want[0][1][0], cell_numpy(w, h_BX, xs, reset_BT), TOLERANCE[dtype])
+            for jacobian in ("full", "diagonal"):
+                assert_close(everything(*args, "newton", jacobian), want, TOLERANCE[dtype])
+
+
+def test_gradient_is_the_finite_difference():
+    T, eps = 13, 1e-5
+    with jax.enable_x64(True):
+        w, h_BX, xs, dh_BTX = problem(T, 1.5)
+        reset_BT = resets(T)
+        got = {j: everything(w, h_BX, *xs.values(), reset_BT, dh_BTX, "newton", j) for j in ("full", "diagonal")}
+        other_w, other_h_BX, other_xs, _ = problem(T + 1, 1.0)
+        direction = other_w, other_h_BX, other_xs["in_X"][:, :T]
+
+        def loss(eps):
+            def moved(x, dx):
+                return x + eps * dx
+
+            moved_xs = {"in_X": moved(xs["in_X"], direction[2]), "kind": xs["kind"]}
+            h_BTX = cell_numpy(Weights(*map(moved, w, direction[0])), moved(h_BX, direction[1]), moved_xs, reset_BT)
+            return np.vdot(h_BTX, dh_BTX) + np.sum(h_BTX[:, -1] ** 2)
+
+        want = (loss(eps) - loss(-eps)) / (2 * eps)
+        for _, gradient in got.values():
+            along = sum(np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+            np.testing.assert_allclose(along, want, rtol=1e-7)
+
+
+def test_expanding_dynamics_are_exact_all_the_same():
+    T = 40
+    with jax.enable_x64(True):
+        w, h_BX, xs, dh_BTX = problem(T, 12.0)
+        reset_BT = np.zeros((B, T), bool)
+        args = w, h_BX, *xs.values(), reset_BT, dh_BTX
+        want = everything(*args, "scan")
+        moved_BTX = everything(w, h_BX + 1e-9, *args[2:], "scan")[0][1][0]
+        assert np.max(np.abs(moved_BTX - want[0][1][0])) > 1e-5  # ten thousandfold
+        for jacobian in ("full", "diagonal"):
+            assert_close(everything(*args, "newton", jacobian), want, 1e-10)
+            iterations = newton(w, h_BX, xs, reset_BT, jacobian)[2]
+            assert 5 < iterations <= T
+
+
+def test_overflowing_products_of_jacobians_are_survived():
+    """h_t = 1e6 h_{t-1} + x_t with inputs that hold it among -1, 0, 1: seven Jacobians overflow in float32."""
+    want_BTX = np.random.default_rng(0).integers(-1, 2, (B, 19, X)).astype("float32")
+    x_BTX = want_BTX - np.float32(1e6) * np.pad(want_BTX, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    for jacobian in ("full", "diagonal"):
+        h_BTX, _, _ = ops.newton_scan(lambda h_X, x_X: 1e6 * h_X + x_X, jnp.zeros((B, X)), x_BTX, jacobian=jacobian)
+        np.testing.assert_array_equal(h_BTX, want_BTX)
+
+
+def test_contractive_dynamics_take_a_handful_of_iterations():
+    w, h_BX, xs, _ = problem(300, 0.5, "float32")
+    assert newton(w, h_BX, xs)[2] <= 6
+    assert newton(w, h_BX, xs, jacobian="diagonal")[2] <= 25
+
+
+def test_a_linear_step_is_solved_at_once():
+    """The first iteration solves it, the second sees that; one token needs no second look."""
+    A_XX = np.random.default_rng(0).normal(size=(X, X)).astype("float32") / 3
+    h_BX = np.ones((B, X), "float32")
+    for T, iterations in ((1, 1), (6, 2)):
+        _, last_BX, n = ops.newton_scan(lambda h_X, _: A_XX @ h_X, h_BX, np.zeros((B, T)))
+        np.testing.assert_allclose(last_BX, h_BX @ np.linalg.matrix_power(A_XX.T, T), rtol=1e-5, atol=1e-6)
+        assert n == iterations and n.dtype == jnp.int32
+
+
+def test_too_few_iterations_give_nan_and_nothing_wrong():
+    T = 13
+    with jax.enable_x64(True):
+        w, h_BX, xs, _ = problem(T, 6.0)
+        reset_BT = resets(T)
+        want_BTX = cell_numpy(w, h_BX, xs, reset_BT)
+        h_BTX, last_BX, n = newton(w, h_BX, xs, reset_BT, max_iterations=3)
+        assert n == 3
+        lost_BT = np.isnan(h_BTX).any(-1)
+        assert lost_BT.any() and np.isnan(h_BTX[lost_BT]).all()
+        np.testing.assert_allclose(h_BTX[~lost_BT], want_BTX[~lost_BT], rtol=1e-12)
+        # Three iterations settle three tokens of each sequence at the least, and what is lost stays lost until a reset.
+        starts_BT = reset_BT | (np.arange(T) == 0)
+        since_BT = np.array([[t - max(s for s in range(t + 1) if row[s]) for t in range(T)] for row in starts_BT])
+        assert not lost_BT[since_BT < 3].any()
+        assert (lost_BT[:, 1:] | ~lost_BT[:, :-1] | starts_BT[:, 1:]).all()
+        assert not np.isnan(last_BX[0]).any() and np.isnan(last_BX[1]).all()
+
+
+@pytest.mark.parametrize("impl", ["scan", "newton"])
+def test_nothing_crosses_a_reset(impl):
+    """Neither a NaN state before the first token, nor an infinite input of the sequence before; nor their gradients."""
+    T = 13
+    w, h_BX, xs, dh_BTX = problem(T, 1.5, "float32")
+    reset_BT = np.zeros((B, T), bool)
+    reset_BT[0, 0] = reset_BT[1, 6] = True
+    clean = everything(w, h_BX, *xs.values(), reset_BT, dh_BTX, impl)
+    h_BX[0], xs["in_X"][1, 4] = np.nan, np.inf
+    (_, (h_BTX, last_BX)), (_, dh_BX, din_BTX) = everything(w, h_BX, *xs.values(), reset_BT, dh_BTX, impl)
+    for got, want in ((h_BTX, clean[0][1][0]), (din_BTX, clean[1][2])):
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[1, 6:], want[1, 6:], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(last_BX, clean[0][1][1], rtol=1e-5, atol=1e-6)
+    assert (dh_BX[0] == 0).all()
+
+
+def test_a_state_that_is_not_finite_costs_its_own_sequence_and_no_iterations():
+    T = 300
+    w, h_BX, xs, _ = problem(T, 0.5, "float32")
+    reset_BT = np.zeros((B, T), bool)
+    reset_BT[0, 20] = True
+    want_BTX = cell_numpy(w, h_BX, xs, reset_BT)
+    xs["in_X"][0, 7, 2] = np.nan
+    h_BTX, _, iterations = newton(w, h_BX, xs, reset_BT)
+    want_BTX[0, 8:20], want_BTX[0, 7, 2] = np.nan, np.nan
+    np.testing.assert_allclose(h_BTX, want_BTX, rtol=1e-5, atol=1e-6)
+    assert iterations <= 8
+
+
+def test_step_may_close_over_traced_values_of_any_dtype():
+    """h_t = n w h_{t-1}, so h_3 = (n w)^3 h_0, whatever the order of jit, grad and vmap."""
+    w_N, n_N = jnp.array([0.5, 2.0]), jnp.array([1, 3])
+
+    def cubes(impl, w_N, n_N):
+        def cube(w, n):
+            return ops.nonlinear_scan(lambda h_X, x: n * w * h_X, jnp.ones((1, 1)), np.zeros((1, 3)), impl=impl)[1][
+                0, 0
+            ]
+
+        return jnp.sum(jax.vmap(cube)(w_N, n_N))
+
+    for impl in ("scan", "newton"):
+        f = partial(cubes, impl)
+        for gradient in (jax.grad(f), jax.jit(jax.grad(f)), jax.grad(jax.jit(f))):
+            np.testing.assert_allclose(gradient(w_N, n_N), 3 * n_N**3 * w_N**2, rtol=1e-5)
+
+
+def test_only_scan_is_twice_differentiable():
+    def cube(impl, w):
+        return ops.nonlinear_scan(lambda h_X, x: w * h_X, jnp.ones((1, 1)), np.zeros((1, 3)), impl=impl)[1][0, 0]
+
+    assert jax.grad(jax.grad(partial(cube, "scan")))(2.0) == 12
+    assert jax.jvp(partial(cube, "scan"), (2.0,), (1.0,))[1] == 12
+    with pytest.raises(ValueError, match="while_loop"):
+        jax.grad(jax.grad(partial(cube, "newton")))(2.0)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(partial(cube, "newton"), (2.0,), (1.0,))
+
+
+def test_the_diagonal_form_never_holds_a_full_jacobian():
+    T, wide = 16, 128
+    U_XX = np.eye(wide, dtype="float32")
+
+    def loss(x_BTX, jacobian):
+        zero_BX = jnp.zeros((1, wide))
+        return jnp.sum(ops.newton_scan(lambda h_X, x: jnp.tanh(U_XX @ h_X + x), zero_BX, x_BTX, jacobian=jacobian)[0])
+
+    def scratch(jacobian):
+        compiled = jax.jit(jax.grad(partial(loss, jacobian=jacobian))).lower(jnp.zeros((1, T, wide))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    full = 4 * T * wide * wide
+    assert scratch("diagonal") < full / 2 < full < scratch("full")
+
+
+def test_bad_arguments_are_named():
+    h_BX, xs = np.zeros((B, X), "float32"), np.zeros((B, 3, X), "float32")
+
+    def step(h_X, x_X):
+        return h_X + x_X
+
+    for match, call in {
+        "impl: expected": lambda: ops.nonlinear_scan(step, h_BX, xs, impl="newtom"),
+        "jacobian: expected 'full' or 'diagonal', got 'diag'": lambda: ops.nonlinear_scan(
+            step, h_BX, xs, jacobian="diag"
+        ),
+        "max_iterations": lambda: ops.newton_scan(step, h_BX, xs, max_iterations=0),
+        "h_BX: expected 2 axes": lambda: ops.nonlinear_scan(step, h_BX[0], xs),
+        "h_BX: expected a real dtype": lambda: ops.nonlinear_scan(step, h_BX + 1j, xs),
+        r"xs\['b'\]: expected shape \[B = 2": lambda: ops.nonlinear_scan(step, h_BX, {"a": xs, "b": xs[:, :2]}),
+        r"xs: expected shape .* T >= 1": lambda: ops.nonlinear_scan(step, h_BX, xs[:, :0]),
+        "xs: expected at least one": lambda: ops.nonlinear_scan(step, h_BX, None),
+        "reset_BT: expected shape": lambda: ops.nonlinear_scan(step, h_BX, xs, np.zeros((B, 2), bool)),
+        r"step: expected it to return float32\[5\]": lambda: ops.nonlinear_scan(lambda h, x: h[:2], h_BX, xs),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(NotImplementedError, match="nonlinear_scan has no form 'chunk'"):
+        ops.nonlinear_scan(step, h_BX, xs, impl="chunk")
