@@ -18,7 +18,8 @@ def check_impl(op: str, impl: str, forms: tuple[str, ...]) -> None:
     if impl == "auto" or impl in forms:
         return
     if impl not in IMPLS:
-        raise ValueError(f"impl: expected 'auto' or one of {', '.join(forms)}, got {impl!r}; {nearest(impl, ('auto', *IMPLS))}")
+        expected = ", ".join(("auto", *forms))
+        raise ValueError(f"impl: expected one of {expected}; got {impl!r}, {nearest(impl, ('auto', *IMPLS))}")
     raise NotImplementedError(f"impl: {op} has no form {impl!r}; it has {', '.join(forms)}")
 
 
@@ -41,7 +42,8 @@ def check_shapes(**arrays: Any) -> dict[str, int]:
             if size == 0:
                 raise ValueError(f"{name}: expected {axis} >= 1, got shape {list(shape)}")
             if sizes.setdefault(axis, size) != size:
-                raise ValueError(f"{name}: expected {axis} = {sizes[axis]} as in {first[axis]}, got shape {list(shape)}")
+                as_in = f"{axis} = {sizes[axis]} as in {first[axis]}"
+                raise ValueError(f"{name}: expected {as_in}, got shape {list(shape)}")
             first.setdefault(axis, name)
         dtype = jnp.result_type(array)
         if name.startswith("reset"):

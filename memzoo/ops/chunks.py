@@ -21,7 +21,7 @@ FLOOR = -2000.0  # exp of it is 0 in float64 too, and 64 of it are still exact m
 
 
 def matmul(equation: str, *operands: jax.Array) -> jax.Array:
-    """einsum that accumulates in float32 at least; float32 operands are not rounded on the way in (as GPU and TPU do)."""
+    """einsum that accumulates in float32 at least and, unlike the default on GPU and TPU, rounds no float32 operand."""
     wide = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
     exact = all(x.dtype == wide for x in operands)
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
@@ -92,7 +92,7 @@ def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
 
 
 def products(q_RBHCK: jax.Array, k_BHCK: jax.Array, d: Decay) -> jax.Array:
-    """P_ij = sum_K q_iK k_jK exp(decay from j to i), for j <= i in one segment, else 0: [R, B, H, C, C], R sets of rows.
+    """P_ij = sum_K q_iK k_jK exp(decay from j to i), for j <= i in one segment, else 0: [R, B, H, C, C].
 
     A token's own write has not decayed. Here and in `to_end` that is written as a constant 0, not as a difference of
     equals: its gradient is large where decay is strong, and would drown the small ones it cancels among.
@@ -117,12 +117,11 @@ def _products_per_key(q_RBHCK, k_BHCK, d):
     P = matmul("rbhck,bhck->rbhc", q, k)[..., None, None]  # [R, B, H, size, 1, 1], blocks of one token
     half = 1
     while half < size:
-        cut = lambda x: x.reshape(*x.shape[:-2], size // (2 * half), 2 * half, x.shape[-1])
-        c, f = cut(coarse), cut(fine)
+        c, f, q_cut, k_cut = (x.reshape(*x.shape[:-2], -1, 2 * half, x.shape[-1]) for x in (coarse, fine, q, k))
         mid = slice(half - 1, half)
         to_late = jnp.exp((c[..., half:, :] - c[..., mid, :]) + (f[..., half:, :] - f[..., mid, :]))
         from_early = jnp.exp((c[..., mid, :] - c[..., :half, :]) + (f[..., mid, :] - f[..., :half, :]))
-        q_late, k_early = scaled(cut(q)[..., half:, :], to_late), scaled(cut(k)[..., :half, :], from_early)
+        q_late, k_early = scaled(q_cut[..., half:, :], to_late), scaled(k_cut[..., :half, :], from_early)
         corner = matmul("rbhnik,bhnjk->rbhnij", q_late, k_early)
         X, Y = P[..., 0::2, :, :], P[..., 1::2, :, :]
         top, bottom = jnp.concatenate([X, jnp.zeros_like(X)], -1), jnp.concatenate([corner, Y], -1)

@@ -5,7 +5,8 @@
 Source: Schlag, Irie, Schmidhuber, "Linear Transformers Are Secretly Fast Weight Programmers" (2021), arXiv:2102.11174,
 eq. 25; with a decay per head, Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024), arXiv:2412.06464, eq. 10; with a
 decay per key, Kimi Team, "Kimi Linear" (2025), arXiv:2510.26692, eq. 1. The chunked form is the WY representation of
-Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule" (2024), arXiv:2406.06484, sec. 3.2.
+Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" (2024),
+arXiv:2406.06484, sec. 3.2.
 Differs: S is [K, V], the papers' transpose.
 
 Dims: B batch, T time, H heads, K key, V value, N chunks, C chunk.
@@ -79,10 +80,11 @@ def scan(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
 
 
 def _associative(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
-    """S_t = M_t S_{t-1} + X_t with M_t = (I - beta k k') diag(exp(log_decay)): products of K x K matrices, for small K."""
+    """S_t = M_t S_{t-1} + X_t, M_t = (I - beta_t k_t k_t') diag(exp(log_decay_t)): products of K x K matrices."""
     a_BTHK = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])
     k_beta = k_BTHK * beta_BTH[..., None]
-    M_BTHKK = (jnp.eye(k_BTHK.shape[-1], dtype=k_BTHK.dtype) - k_beta[..., None] * k_BTHK[..., None, :]) * a_BTHK[..., None, :]
+    erase_BTHKK = k_beta[..., None] * k_BTHK[..., None, :]
+    M_BTHKK = (jnp.eye(k_BTHK.shape[-1], dtype=k_BTHK.dtype) - erase_BTHKK) * a_BTHK[..., None, :]
     X_BTHKV = k_beta[..., None] * v_BTHV[..., None, :]
     reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else jnp.asarray(reset_BT)
     S_BHKV = jnp.where(reset_BT[:, 0, None, None, None], 0, S_BHKV)

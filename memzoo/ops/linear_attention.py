@@ -3,8 +3,8 @@
     S_t = exp(log_decay_t) S_{t-1} + k_t v_t'        y_t = S_t' q_t
 
 Source: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs" (2020), arXiv:2006.16236, eq. 18-20, without the
-normaliser; with a decay per head, Sun et al., "Retentive Network" (2023), arXiv:2307.08621, eq. 6; with a decay per key,
-Yang et al., "Gated Linear Attention Transformers" (2023), arXiv:2312.06635, eq. 4.
+normaliser; with a decay per head, Sun et al., "Retentive Network" (2023), arXiv:2307.08621, eq. 6; with a decay per
+key, Yang et al., "Gated Linear Attention Transformers" (2023), arXiv:2312.06635, eq. 4.
 
 Dims: B batch, T time, H heads, K key, V value.
 """
@@ -137,7 +137,7 @@ def _chunked_bwd(C, saved, cotangents):
     """
     q, k, v, log, reset, S_BHKV, before_BHKV = saved
     dy_BTHV, dS_BHKV = cotangents
-    xs = q, k, v, log, reset, dy = tuple(chunks.split(x, C) for x in (q, k, v, log, reset, dy_BTHV))
+    xs = tuple(chunks.split(x, C) for x in (q, k, v, log, reset, dy_BTHV))
 
     def forwards(S_BHKV, x):
         q, k, v, log, reset, dy = x
@@ -161,8 +161,9 @@ def _chunked_bwd(C, saved, cotangents):
         dS_BHKV = jnp.where(d.unbroken(), d.whole() * dS_BHKV, 0) + chunks.matmul("bhck,bhcv->bhkv", q_in, dy)
         return (dS_BHKV, kept_BHK + read_BHK), (dk + dk_out, dv + dv_out, dlog + dlog_out + dlog_kept[..., None, :])
 
-    is_last = jnp.arange(q.shape[0]) == q.shape[0] - 1
-    kept_BHK = jnp.sum(chunks.decay(log[-1], reset[-1]).whole() * before_BHKV * dS_BHKV, -1)
+    log_NBHCK, reset_NBC = xs[3:5]
+    is_last = jnp.arange(len(reset_NBC)) == len(reset_NBC) - 1
+    kept_BHK = jnp.sum(chunks.decay(log_NBHCK[-1], reset_NBC[-1]).whole() * before_BHKV * dS_BHKV, -1)
     (dS_BHKV, _), gradients = lax.scan(backwards, (dS_BHKV, kept_BHK), (xs, within, is_last), reverse=True)
     gradients = (chunks.join(x, dy_BTHV.shape[1]) for x in (dq, *gradients))
     return *gradients, dS_BHKV, None

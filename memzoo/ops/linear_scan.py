@@ -50,12 +50,14 @@ def linear_scan(
     B, T, X = x_BTX.shape
     a_BTX, x_BTX = jnp.asarray(a_BTX, dtype), jnp.asarray(x_BTX, dtype)
     h_BX = jnp.zeros((B, X), dtype) if h_BX is None else jnp.asarray(h_BX, dtype)
-    if impl == "scan" or (impl == "auto" and T < chunk):
+    if impl == "auto":
+        impl = "chunk" if T > 1 else "scan"
+    if impl == "scan":
         return recur(step, h_BX, (a_BTX, x_BTX), reset_BT)
     if reset_BT is not None:
         a_BTX = jnp.where(reset_BT[..., None], 0, a_BTX)
         h_BX = jnp.where(reset_BT[:, :1], 0, h_BX)
-    h_BTX = _all_states(a_BTX, x_BTX, h_BX, "chunk" if impl == "auto" else impl, chunk)
+    h_BTX = _all_states(a_BTX, x_BTX, h_BX, impl, chunk)
     return h_BTX, h_BTX[:, -1]
 
 

@@ -12,7 +12,7 @@ from jax import lax
 
 
 def recur(
-    step: Callable[[Any, Any], tuple[Any, Any]], state: Any, xs: Any, reset_BT: jax.Array | None = None, fresh: Any = None
+    step: Callable[..., tuple[Any, Any]], state: Any, xs: Any, reset_BT: jax.Array | None = None, fresh: Any = None
 ) -> tuple[Any, Any]:
     """Folds `state, y = step(state, *x)` over time, one row of the batch at a time.
 

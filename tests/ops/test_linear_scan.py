@@ -1,5 +1,7 @@
 """linear_scan and short_conv against their equations in numpy, in every form."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,14 @@ FORMS = {"scan": {}, "associative": {}, "chunk": {"chunk": CHUNK}}
 def make(kind):
     rng = np.random.default_rng(0)
     n = lambda *shape: rng.standard_normal(shape)
-    a = {"positive": rng.uniform(0, 1, (B, T, X)), "signs": rng.uniform(-1, 1, (B, T, X)), "zeros": n(B, T, X).clip(0, 1)}
+    a = {"positive": rng.uniform(0, 1, (B, T, X)), "signs": rng.uniform(-1, 1, (B, T, X))}
+    a["zeros"] = n(B, T, X).clip(0, 1)
     a["complex"] = rng.uniform(0.5, 1, (B, T, X)) * np.exp(1j * rng.uniform(0, 6.28, (B, T, X)))
     x, h = n(B, T, X), n(B, X)
     reset_BT = np.zeros((B, T), bool)
     reset_BT[0, [0, 7, 8]] = reset_BT[1, [20, 22, T - 1]] = True
-    return (a[kind], x + 1j * n(B, T, X), h + 1j * n(B, X), reset_BT) if kind == "complex" else (a[kind], x, h, reset_BT)
+    i = 1j if kind == "complex" else 0
+    return a[kind], x + i * n(B, T, X), h + i * n(B, X), reset_BT
 
 
 def in_numpy(a, x, h, reset):
@@ -106,11 +110,16 @@ def test_short_conv_is_numpy_convolve_per_sequence():
     reset[:, cuts[1:-1]] = True
     want = np.concatenate(
         [
-            np.stack([[np.convolve(x[b, i:j, c], f[::-1, c])[: j - i] for c in range(X)] for b in range(B)]).swapaxes(1, 2)
-            for i, j in zip(cuts, cuts[1:], strict=False)
+            np.array(
+                [
+                    [np.convolve(x_T, f_W)[: j - i] for x_T, f_W in zip(x[b, i:j].T, f[::-1].T, strict=True)]
+                    for b in range(B)
+                ]
+            )
+            for i, j in itertools.pairwise(cuts)
         ],
-        axis=1,
-    )
+        axis=2,
+    ).swapaxes(1, 2)
     y, past = ops.short_conv(x, f, None, reset)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(past, x[:, -3:], rtol=1e-6)
@@ -119,7 +128,7 @@ def test_short_conv_is_numpy_convolve_per_sequence():
 
 
 def test_short_conv_streams():
-    """Token by token, with its tail as state, and gradients of the tail: chunks shorter than the filter are the trap."""
+    """Token by token, with its tail as state, and gradients of the tail; the trap is calls shorter than the filter."""
     rng = np.random.default_rng(0)
     x, f, past = (rng.standard_normal(s).astype("f") for s in ((B, 7, X), (4, X), (B, 3, X)))
     reset = np.zeros((B, 7), bool)
@@ -146,7 +155,7 @@ def test_short_conv_streams():
 
 
 def test_bad_arguments_are_named():
-    a, x, h, reset = make("positive")
+    a, x, h, _ = make("positive")
     with pytest.raises(ValueError, match="a_BTX: expected X = 4 as in x_BTX"):
         ops.linear_scan(a[..., :3], x)
     with pytest.raises(ValueError, match=r"h_BX: expected B = 3 as in x_BTX, got shape \[2, 4\]"):
