@@ -34,7 +34,7 @@ def linear_scan(
     reset_BT: jax.Array | None = None,
     *,
     impl: str = "auto",
-    chunk: int = 32,
+    chunk: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """All T tokens. Returns (h_BTX, h_BX), every state and the last one, in float32 or wider.
 
