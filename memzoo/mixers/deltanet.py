@@ -11,7 +11,7 @@ Dims: B batch, T time, D width, H heads, K key, V value, W conv width, P = W - 1
       E = H (2 K + V), the channels of q, k and v.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -44,8 +44,8 @@ class DeltaNet(nn.Module):
     conv_width: int = 4
     allow_neg_eigval: bool = False  # beta in (0, 2), so that I - beta k k' can reflect: it counts and tracks states
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     def sizes(self) -> tuple[int, int, int, int]:
         """(H, K, V, P)"""
@@ -67,7 +67,7 @@ class DeltaNet(nn.Module):
         state = contract.begin(self, x_BTD, state, reset_BT)
         (H, K, V, P), (B, T, D) = self.sizes(), x_BTD.shape
         wide = contract.state_dtype(self.dtype)
-        kinds = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
         qkv_BTE = nn.Dense(H * (2 * K + V), name="qkv", **kinds)(x_BTD)
         f_WE = self.param("conv", short_filter, (P + 1, qkv_BTE.shape[-1]), self.param_dtype)

@@ -10,7 +10,7 @@ has no bias.
 Dims: B batch, T time, D width, H heads, K key, V value, R gate rank.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,8 +42,8 @@ class GLA(nn.Module):
     gate_rank: int = 16
     gate_temperature: float = 16.0  # tau: the larger, the slower the memory forgets
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     def sizes(self) -> tuple[int, int, int]:
         """(H, K, V)"""
@@ -62,8 +62,8 @@ class GLA(nn.Module):
     ) -> tuple[jax.Array, State]:
         state = contract.begin(self, x_BTD, state, reset_BT)
         (H, K, V), D = self.sizes(), self.width
-        kinds = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        gates = {"dtype": contract.state_dtype(self.dtype), "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        gates: dict[str, Any] = {"dtype": contract.state_dtype(self.dtype), "param_dtype": self.param_dtype}
 
         q_BTHK = nn.DenseGeneral((H, K), name="q", **kinds)(x_BTD) * K**-0.5
         k_BTHK = nn.DenseGeneral((H, K), name="k", **kinds)(x_BTD)

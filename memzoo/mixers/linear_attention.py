@@ -9,7 +9,7 @@ Differs: the denominator has a floor of 1e-18, where the released code adds 1e-6
 Dims: B batch, T time, D width, H heads, K key, V value, U = V + 1.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -49,8 +49,8 @@ class LinearAttention(nn.Module):
     key_dim: int | None = None  # per head; width / heads
     value_dim: int | None = None  # per head; width / heads
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     def sizes(self) -> tuple[int, int, int]:
         """(H, K, V)"""
@@ -71,7 +71,7 @@ class LinearAttention(nn.Module):
     ) -> tuple[jax.Array, State]:
         state = contract.begin(self, x_BTD, state, reset_BT)
         (H, K, V), D = self.sizes(), self.width
-        kinds = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
         q_BTHK = nn.DenseGeneral((H, K), name="q", **kinds)(x_BTD)
         k_BTHK = nn.DenseGeneral((H, K), name="k", **kinds)(x_BTD)

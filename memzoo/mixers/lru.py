@@ -13,7 +13,7 @@ Dims: B batch, T time, D width, N state size, E = 2 N, real parts before imagina
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -46,8 +46,8 @@ class LRU(nn.Module):
     r_max: float = 1.0
     max_phase: float = 2 * math.pi  # of arg(lambda) at the start
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     def size(self) -> int:
         """N"""

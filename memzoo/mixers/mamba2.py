@@ -11,7 +11,7 @@ Dims: B batch, T time, D width, H heads, P channels of a head, N state size, G g
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -45,8 +45,8 @@ class Mamba2(nn.Module):
     groups: int = 1
     conv_width: int = 4
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         """(H, P, N, G, L)"""
@@ -69,7 +69,7 @@ class Mamba2(nn.Module):
         state = contract.begin(self, x_BTD, state, reset_BT)
         (H, P, N, G, L), (B, T, D) = self.sizes(), x_BTD.shape
         wide = contract.state_dtype(self.dtype)
-        kinds = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
         xBC_BTE = nn.Dense(H * P + 2 * G * N, name="xBC", **kinds)(x_BTD)
         f_WE = self.param("conv", within((L + 1) ** -0.5), (L + 1, xBC_BTE.shape[-1]), self.param_dtype)
@@ -89,7 +89,12 @@ class Mamba2(nn.Module):
 
         z_BTHP = nn.DenseGeneral((H, P), name="gate", **kinds)(x_BTD)
         y_BTGI = (y_BTHP * nn.silu(z_BTHP)).reshape(B, T, G, H * P // G)
-        norm = {"epsilon": 1e-5, "feature_axes": (-2, -1), "dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm: dict[str, Any] = {
+            "epsilon": 1e-5,
+            "feature_axes": (-2, -1),
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
         y_BTGI = nn.RMSNorm(name="norm", **norm)(y_BTGI)
         y_BTD = nn.DenseGeneral(D, axis=(-2, -1), name="out", **kinds)(y_BTGI)
         return y_BTD, State(h_BHNP, past_BLE)

@@ -10,7 +10,7 @@ code's RMSNorm; the score normalisations of sec. 2.3 are left out, since the nor
 Dims: B batch, T time, D width, H heads, K key, V value, F = K / 2 frequencies.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -44,8 +44,8 @@ class RetNet(nn.Module):
     key_dim: int | None = None  # per head, even; width / heads
     value_dim: int | None = None  # per head; twice key_dim
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     def sizes(self) -> tuple[int, int, int]:
         """(H, K, V)"""
@@ -66,8 +66,8 @@ class RetNet(nn.Module):
     ) -> tuple[jax.Array, State]:
         state = contract.begin(self, x_BTD, state, reset_BT)
         (H, K, V), D = self.sizes(), self.width
-        kinds = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        small = {"kernel_init": nn.initializers.variance_scaling(2**-5, "fan_avg", "uniform"), **kinds}
+        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        small: dict[str, Any] = {"kernel_init": nn.initializers.variance_scaling(2**-5, "fan_avg", "uniform"), **kinds}
 
         n_BT = position(state.n_B, x_BTD.shape[1], reset_BT)
         q_BTHK = turn(nn.DenseGeneral((H, K), name="q", **small)(x_BTD), n_BT)
