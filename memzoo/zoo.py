@@ -1,9 +1,13 @@
-"""The catalogue: one row per architecture, and the three functions that read it."""
+"""The catalogue: one row per architecture, and the functions that read it."""
 
 import importlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from memzoo.contract import nearest
+from memzoo.ops.checks import check_impl
 
 
 class Card(NamedTuple):
@@ -23,6 +27,7 @@ class Card(NamedTuple):
         return f"memzoo.mixers.{self.name}"
 
 
+BEGIN, END = "<!-- table begins -->\n", "<!-- table ends -->\n"
 _LINEAR = ("scan", "associative", "chunk")
 
 # fmt: off
@@ -76,7 +81,7 @@ def make(name: str, *, width: int, **fields: Any) -> Any:
 
     width: D, the size of the last axis in and out. fields: the module's own, listed in its class, and Flax's `parent`
     (None makes a mixer that belongs to no other module, wherever it is made).
-    Raises ValueError for an unknown name or field, with the nearest ones, and for a field out of its range;
+    Raises ValueError for an unknown name, field or `impl`, with the nearest ones, and for sizes that do not fit;
     NotImplementedError for an `impl` that the architecture does not have.
     """
     row = card(name)
@@ -85,4 +90,26 @@ def make(name: str, *, width: int, **fields: Any) -> Any:
     for field in fields:
         if field not in (*known, "parent"):
             raise ValueError(f"{field}: {name} has no such field; {nearest(field, known)}")
+    check_impl(name, fields.get("impl", "auto"), row.forms)
+    alone = flax_class(**{**fields, "width": width, "parent": None})
+    jax.eval_shape(lambda: alone.initial_state(1))  # the sizes are checked there, and no array is made
     return flax_class(width=width, **fields)
+
+
+def table() -> str:
+    """The catalogue as a Markdown table, its links relative to the repository."""
+    head = "| name | family | paper | forms | state | what it is |\n|---|---|---|---|---|---|\n"
+    lines = []
+    for row in _CARDS:
+        link = f"[`{row.name}`]({row.module.replace('.', '/')}.py)"
+        paper = f"[{row.title}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else row.title
+        forms = ", ".join(f"`{form}`" for form in row.forms)
+        lines.append(f"| {link} | {row.family} | {paper} | {forms} | {row.state} | {row.line} |\n")
+    return head + "".join(lines)
+
+
+def write_table(readme: str | Path) -> None:
+    """Puts the table between the two markers of a README."""
+    path = Path(readme)
+    before, rest = path.read_text().split(BEGIN, 1)
+    path.write_text(before + BEGIN + table() + END + rest.split(END, 1)[1])

@@ -2,13 +2,23 @@
 
 Compiling is most of what the tests do: XLA's least optimisation halves it, and is a second opinion on rounding besides.
 Tests of one architecture share compiled functions, so they run in one process: `-n 2 --dist loadgroup`.
+Where only the library's own dependencies and pytest are installed, tests of what needs more are left out.
 """
 
+import importlib.util
 import os
 
 import pytest
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+EXTRA = ("optax", "orbax", "grain", "chex", "tyro", "tqdm", "matplotlib", "tensorboardX")
+missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+collect_ignore = ["experiments", "tasks", "test_checkpoint.py", "test_parallel.py", "test_train.py"] if missing else []
+
+
+def pytest_report_header():
+    return f"left out, without {', '.join(missing)}: {', '.join(collect_ignore)}" if missing else None
 
 
 def pytest_collection_modifyitems(items):
