@@ -6,7 +6,7 @@ python experiments/op_speed.py --ops delta_rule --lengths 1024 4096 --sizes 128 
 Every row times all forms of one op in turn, A B C A B C ..., and prints medians, and how many times faster than `scan`.
 A form whose compiled program wants more than --memory-limit is left out, with what it would want. `bytes` is that
 program's temporary memory; `growth` is time per token at this length over that at the length before.
-Layers are compared with memax 0.1.1 (`pip install memax==0.1.1`) where it is installed.
+Layers are compared with memax 0.1.1 (`pip install memax==0.1.1 equinox`) where it is installed.
 """
 
 import json
@@ -67,7 +67,8 @@ def forward_backward(op: str, impl: str) -> Callable[..., Any]:
 def compile_all(functions: dict[str, Callable[..., Any]], args: tuple[Any, ...], limit: float) -> tuple[dict, dict]:
     """(compiled programs that fit, temporary bytes of all of them)."""
     compiled = {name: jax.jit(f).lower(*args).compile() for name, f in functions.items()}
-    wanted = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
+    analyses: dict[str, Any] = {name: program.memory_analysis() for name, program in compiled.items()}
+    wanted = {name: analysis.temp_size_in_bytes for name, analysis in analyses.items()}
     return {name: program for name, program in compiled.items() if wanted[name] <= limit * 1e9}, wanted
 
 
@@ -85,7 +86,8 @@ def time_all(compiled: dict[str, Callable[..., Any]], args: tuple[Any, ...], rep
 
 def measure(config: Config, op: str, decay: str, H: int, K: int) -> list[dict[str, Any]]:
     forms = sys.modules[f"memzoo.ops.{op}"].FORMS
-    rows, before = [], {}
+    rows: list[dict[str, Any]] = []
+    before: dict[tuple[str, str], float] = {}
     for T in config.lengths:
         args = arguments(op, decay, config.batch, T, H, K)
         for what, build in (("forward", forward), ("forward+backward", forward_backward)):
@@ -146,7 +148,8 @@ def measure_layers(config: Config) -> list[dict[str, Any]]:
             return jnp.sum(jax.vmap(row)(x_BTD) ** 2)
 
         grad = lambda f: jax.grad(f, argnums=(0, 1))
-        programs, wanted = {}, {}
+        programs: dict[str, Callable[..., Any]] = {}
+        wanted: dict[str, int] = {}
         for who, f, p in (("memzoo", our_loss, params), ("memax", their_loss, weights)):
             fits, bytes_of = compile_all({who: grad(f)}, (p, x_BTD), 4 * config.memory_limit)
             wanted |= bytes_of
@@ -199,7 +202,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         for H in config.heads
         for K in config.sizes
     ]
-    for case in tqdm(cases, unit="case"):
+    for case in tqdm(cases, unit="case", leave=False):
         rows += measure(config, *case)
         (config.out / "op_speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot(rows, config.out / "op_speed.png")

@@ -49,7 +49,7 @@ def check_reset(reset_BT: jax.Array | None, B: int, T: int) -> None:
 
 def check_state(state: Any, expected: Any, whose: str = "state") -> None:
     """Compares a state with the shapes and dtypes of `expected`, leaf by leaf. `whose` names it in the errors."""
-    if jax.tree.structure(state) != jax.tree.structure(expected):
+    if jax.tree.structure(state) != jax.tree.structure(expected):  # type: ignore[operator]
         raise ValueError(f"{whose}: expected {describe(expected)}, got {describe(state)}")
     for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(state), strict=True):
         name = f"{whose}{jax.tree_util.keystr(path)}"

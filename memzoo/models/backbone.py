@@ -169,8 +169,8 @@ class LanguageModel(nn.Module):
         check_tokens("tokens_BT", tokens_BT, self.vocab)
         B, T = np.shape(tokens_BT)
         contract.check_reset(reset_BT, B, T)
-        if state is None:
-            state = self.initial_state(B)
+        if state is None:  # not the initial state: a mixer may do less where it knows that there is no past
+            state = (None,) * self.layers
         else:
             check_states(state, jax.eval_shape(lambda: self.initial_state(B)))
 

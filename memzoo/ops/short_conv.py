@@ -28,17 +28,21 @@ def short_conv(
     x_BTX, f_WX = jnp.asarray(x_BTX), jnp.asarray(f_WX)
     P = f_WX.shape[0] - 1
     wide = jnp.promote_types(x_BTX.dtype, jnp.float32)
-    past_BPX = jnp.zeros((B, P, X), wide) if past_BPX is None else past_BPX
+    past_BPX = jnp.zeros((B, P, X), wide) if past_BPX is None else jnp.asarray(past_BPX)
     if past_BPX.shape[1] != P:
         raise ValueError(f"past_BPX: expected P = W - 1 = {P}, got shape {list(past_BPX.shape)}")
     seen_BLX = jnp.concatenate([past_BPX.astype(wide), x_BTX.astype(wide)], axis=1)  # L = P + T
+    f_WX = f_WX.astype(wide)
+    y_BTX = seen_BLX[:, P:] * f_WX[P]
     if reset_BT is None:
-        y_BTX = sum(seen_BLX[:, w : w + T] * f_WX[w].astype(wide) for w in range(P + 1))
+        for w in range(P):
+            y_BTX = y_BTX + seen_BLX[:, w : w + T] * f_WX[w]
         return y_BTX.astype(x_BTX.dtype), seen_BLX[:, T:]
     # Inputs are visible to tokens of their own sequence only: the past counts as sequence 0.
-    of_BT = jnp.cumsum(reset_BT, axis=1)
-    of_BL = jnp.concatenate([jnp.zeros((B, P), of_BT.dtype), of_BT], axis=1)
-    same = lambda w: (of_BL[:, w : w + T] == of_BT)[..., None]
-    y_BTX = sum(jnp.where(same(w), seen_BLX[:, w : w + T], 0) * f_WX[w].astype(wide) for w in range(P + 1))
+    of_BT = jnp.cumsum(jnp.asarray(reset_BT), axis=1, dtype=jnp.int32)
+    of_BL = jnp.pad(of_BT, ((0, 0), (P, 0)))
+    for w in range(P):
+        same_BT1 = (of_BL[:, w : w + T] == of_BT)[..., None]
+        y_BTX = y_BTX + jnp.where(same_BT1, seen_BLX[:, w : w + T], 0) * f_WX[w]
     past_BPX = jnp.where((of_BL[:, T:] == of_BT[:, -1:])[..., None], seen_BLX[:, T:], 0)
     return y_BTX.astype(x_BTX.dtype), past_BPX
