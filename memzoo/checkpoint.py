@@ -10,7 +10,7 @@ good one. A line of metrics is written before the checkpoint of its step; `rewin
 
 import json
 import logging
-import os
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
 def create(out: Path, config: dict[str, Any], state: Any, data: grain.DatasetIterator) -> None:
     """Makes the directory of a new run with its configuration and its first checkpoint, all of it or nothing."""
     out = out.absolute()
-    fresh = out.with_name(f".{out.name}.{os.getpid()}")
+    fresh = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     fresh.mkdir(parents=True)
     (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     with manager(fresh) as first:
@@ -87,7 +87,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any, data: grain.DatasetIt
             continue
         for bad, why in damaged.items():
             path = Path(checkpoints.directory) / str(bad)
-            path.rename(path.with_name(f"damaged.{bad}.{os.getpid()}"))
+            path.rename(path.with_name(f"damaged.{bad}.{uuid.uuid4().hex[:8]}"))
             warnings.warn(f"checkpoint {path} is damaged, {step} is used: {str(why)[:200]}", stacklevel=2)
         checkpoints.reload()
         return state

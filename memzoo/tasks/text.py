@@ -84,7 +84,7 @@ def training_batches(
     source = Windows(bytes_N, window)
     if len(source) < count:
         raise ValueError(f"data: expected a window for each of {count} processes, got {len(source)} in all")
-    windows = grain.MapDataset.source(source).seed(seed).shuffle()[index::count].repeat()
+    windows = grain.MapDataset.source(source).seed(seed)[index::count].shuffle().repeat()
     # One thread keeps a step ahead; windows are copied under the interpreter's lock, so more would only wait for it.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(windows.batch(batch).to_iter_dataset(ahead))
