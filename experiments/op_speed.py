@@ -75,12 +75,12 @@ def compile_all(functions: dict[str, Callable[..., Any]], args: tuple[Any, ...],
 def time_all(compiled: dict[str, Callable[..., Any]], args: tuple[Any, ...], repeats: int) -> dict[str, float]:
     """Median seconds of each, run in turn so that a change of the machine's speed meets all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, program in compiled.items():
+            jax.block_until_ready(program(*args))  # or a call would pay for the caches and pages that the last one took
             begin = time.perf_counter()
             jax.block_until_ready(program(*args))
-            if turn:  # the first warms up
-                seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

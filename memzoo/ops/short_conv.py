@@ -24,13 +24,19 @@ def short_conv(
     Raises ValueError for shapes or dtypes that do not fit.
     """
     check_shapes(x_BTX=x_BTX, f_WX=f_WX, past_BPX=past_BPX, reset_BT=reset_BT)
-    B, T, X = x_BTX.shape
+    B, _, X = x_BTX.shape
     x_BTX, f_WX = jnp.asarray(x_BTX), jnp.asarray(f_WX)
     P = f_WX.shape[0] - 1
     wide = jnp.promote_types(x_BTX.dtype, jnp.float32)
     past_BPX = jnp.zeros((B, P, X), wide) if past_BPX is None else jnp.asarray(past_BPX)
     if past_BPX.shape[1] != P:
         raise ValueError(f"past_BPX: expected P = W - 1 = {P}, got shape {list(past_BPX.shape)}")
+    return _filter(x_BTX, f_WX, past_BPX, reset_BT)
+
+
+@jax.checkpoint  # or the gradient would keep W shifted copies of the input
+def _filter(x_BTX, f_WX, past_BPX, reset_BT):
+    T, P, wide = x_BTX.shape[1], f_WX.shape[0] - 1, jnp.promote_types(x_BTX.dtype, jnp.float32)
     seen_BLX = jnp.concatenate([past_BPX.astype(wide), x_BTX.astype(wide)], axis=1)  # L = P + T
     f_WX = f_WX.astype(wide)
     y_BTX = seen_BLX[:, P:] * f_WX[P]
