@@ -9,10 +9,11 @@ Dims: B batch, T time, H heads, K key, N chunks, C chunk, R sets of rows,
       X anything after time and heads.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 ROWS = 16  # of forward substitution
@@ -78,12 +79,20 @@ class Decay(NamedTuple):
         return self.segment_B1C[..., -1:, None] == 0
 
 
-def decay(log_decay_BHCK: jax.Array, reset_BC: jax.Array) -> Decay:
-    """Sums log-decays and resets along the chunk."""
-    clipped = jnp.maximum(log_decay_BHCK, FLOOR)
+def decay(log_decay_NBHCK: jax.Array, reset_NBC: jax.Array) -> Decay:
+    """Sums log-decays and resets along each chunk. Leading axes N are kept, for a scan over the chunks."""
+    clipped = jnp.maximum(log_decay_NBHCK, FLOOR)
     coarse = jnp.round(lax.stop_gradient(clipped) / COARSE) * COARSE
     cumsum = lambda x: jnp.cumsum(x, axis=-2)
-    return Decay(cumsum(coarse), cumsum(clipped - coarse), jnp.cumsum(reset_BC, axis=-1, dtype=jnp.int32)[:, None])
+    return Decay(
+        cumsum(coarse), cumsum(clipped - coarse), jnp.cumsum(reset_NBC, axis=-1, dtype=jnp.int32)[..., None, :]
+    )
+
+
+def gradient_of(d: Decay, d_fine: jax.Array) -> Decay:
+    """The cotangent of a Decay whose coarse part and segments have none."""
+    no_gradient: Any = np.zeros(d.segment_B1C.shape, jax.dtypes.float0)
+    return Decay(jnp.zeros_like(d.coarse_BHCK), d_fine, no_gradient)
 
 
 def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
@@ -130,7 +139,6 @@ def _products_per_key(q_RBHCK, k_BHCK, d):
     return P[..., 0, :C, :C]
 
 
-@jax.custom_vjp
 def unit_lower_inverse(A: jax.Array) -> jax.Array:
     """(I + A)^-1 for strictly lower triangular A [..., C, C]: 16-row forward substitution, then block merge.
 
@@ -168,14 +176,19 @@ def _substitute(A):
     return jnp.moveaxis(jnp.stack(rows), -1, 0).reshape(A.shape)
 
 
-def _inverse_fwd(A):
-    inverse = unit_lower_inverse(A)
+@jax.custom_vjp
+def known_inverse(A: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`inverse`, computed before as (I + A)^-1, with the gradient that it has in A."""
+    return inverse
+
+
+def _known_inverse_fwd(A, inverse):
     return inverse, inverse
 
 
-def _inverse_bwd(inverse, d_inverse):
+def _known_inverse_bwd(inverse, d_inverse):
     dA = -matmul("...ji,...jk->...ik", inverse, matmul("...ij,...kj->...ik", d_inverse, inverse))
-    return (jnp.tril(dA, -1),)
+    return jnp.tril(dA, -1), jnp.zeros_like(inverse)
 
 
-unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)
+known_inverse.defvjp(_known_inverse_fwd, _known_inverse_bwd)

@@ -51,7 +51,7 @@ def delta_rule(
     usually of unit length. log_decay: [B, T, H] or [B, T, H, K], natural log, <= 0; None is no decay.
     S_BHKV: the incoming state, zeros by default. reset_BT: bool, where True the token begins a new sequence.
     impl: 'scan', 'associative', 'chunk' or 'auto'. All forms are differentiable in every array; twice, `scan` and
-    `associative`. `chunk` keeps one state per chunk for its gradient.
+    `associative`. `chunk` keeps one state and one inverse [C, C] per chunk for its gradient.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """
     positive(chunk=chunk)
@@ -99,65 +99,68 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
     return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
 
 
-def _prepare(q_BHCK, k_BHCK, v_BHCV, beta_BHC, log_BHCK, reset_BC):
-    """What a chunk needs of its tokens alone. Its corrected writes are U - W S, for whatever S comes in."""
-    d = chunks.decay(log_BHCK, reset_BC)
-    k_beta = chunks.scaled(k_BHCK, beta_BHC[..., None])
-    P_BHCC, A_BHCC = chunks.products(jnp.stack([q_BHCK, k_beta]), k_BHCK, d)
-    X_BHCC = chunks.unit_lower_inverse(jnp.tril(A_BHCC, -1)).astype(v_BHCV.dtype)
+def _products(q_BHCK, k_BHCK, beta_BHC, d):
+    """What tokens of a chunk read of each other, P, and what they correct of each other, A: [2, B, H, C, C]."""
+    return chunks.products(jnp.stack([q_BHCK, chunks.scaled(k_BHCK, beta_BHC[..., None])]), k_BHCK, d)
+
+
+def _sweep(S_BHKV, P_BHCC, X_BHCC, q_BHCK, k_BHCK, v_BHCV, beta_BHC, d):
+    """One chunk, given its P and X = (I + A)^-1: returns (S_BHKV, y_BHCV). Its writes are U - W S, whatever S is."""
+    P_BHCC, X_BHCC = P_BHCC.astype(v_BHCV.dtype), X_BHCC.astype(v_BHCV.dtype)
+    k_in = chunks.scaled(chunks.scaled(k_BHCK, beta_BHC[..., None]), d.from_start())
     U_BHCV = chunks.matmul("bhij,bhjv->bhiv", X_BHCC, chunks.scaled(v_BHCV, beta_BHC[..., None]))
-    W_BHCK = chunks.matmul("bhij,bhjk->bhik", X_BHCC, chunks.scaled(k_beta, d.from_start())).astype(k_BHCK.dtype)
-    P_BHCC = P_BHCC.astype(v_BHCV.dtype)
-    q_in = chunks.scaled(q_BHCK, d.from_start())
-    k_out = chunks.scaled(k_BHCK, d.to_end())
-    return U_BHCV, W_BHCK, P_BHCC, q_in, k_out, d.whole(), d.unbroken()
-
-
-def _sweep(S_BHKV, prepared):
-    """One chunk: (S, what _prepare returned) -> (S, y)."""
-    U_BHCV, W_BHCK, P_BHCC, q_in, k_out, whole_BHK1, unbroken_B111 = prepared
-    S = S_BHKV.astype(W_BHCK.dtype)
-    V_BHCV = (U_BHCV - chunks.matmul("bhck,bhkv->bhcv", W_BHCK, S)).astype(P_BHCC.dtype)
+    W_BHCK = chunks.matmul("bhij,bhjk->bhik", X_BHCC, k_in).astype(k_BHCK.dtype)
+    S = S_BHKV.astype(k_BHCK.dtype)
+    V_BHCV = (U_BHCV - chunks.matmul("bhck,bhkv->bhcv", W_BHCK, S)).astype(v_BHCV.dtype)
+    q_in, k_out = chunks.scaled(q_BHCK, d.from_start()), chunks.scaled(k_BHCK, d.to_end())
     y_BHCV = chunks.matmul("bhck,bhkv->bhcv", q_in, S) + chunks.matmul("bhij,bhjv->bhiv", P_BHCC, V_BHCV)
-    S_BHKV = jnp.where(unbroken_B111, whole_BHK1 * S_BHKV, 0) + chunks.matmul("bhck,bhcv->bhkv", k_out, V_BHCV)
-    return S_BHKV, y_BHCV
+    kept_BHKV = jnp.where(d.unbroken(), d.whole() * S_BHKV, 0)
+    return kept_BHKV + chunks.matmul("bhck,bhcv->bhkv", k_out, V_BHCV), y_BHCV
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _chunked(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C):
-    y_BTHV, S_BHKV, _ = _forwards(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C)
-    return y_BTHV, S_BHKV
-
-
-def _forwards(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C):
-    xs = tuple(chunks.split(x, C) for x in (q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, reset_BT))
-
-    def one_chunk(S_BHKV, x):
-        S_next, y_BHCV = _sweep(S_BHKV, _prepare(*x))
-        return S_next, (y_BHCV, S_BHKV)
-
-    S_BHKV, (y_NBHCV, S_NBHKV) = lax.scan(one_chunk, S_BHKV, xs)
-    return chunks.join(y_NBHCV, q_BTHK.shape[1]), S_BHKV, S_NBHKV
+    return _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C)[0]
 
 
 def _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C):
-    y_BTHV, last_BHKV, S_NBHKV = _forwards(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, C)
-    return (y_BTHV, last_BHKV), (q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, reset_BT, S_NBHKV)
+    """Products chunk by chunk, the inverse of all chunks side by side, then the sweep."""
+    inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, reset_BT
+    q, k, v, beta, log, reset = (chunks.split(x, C) for x in inputs)
+    d = chunks.decay(log, reset)
+    PA_NRBHCC = lax.map(lambda x: _products(*x), (q, k, beta, d))
+    X_NBHCC = chunks.unit_lower_inverse(jnp.tril(PA_NRBHCC[:, 1], -1))
+
+    def one_chunk(S_BHKV, x):
+        S_next, y_BHCV = _sweep(S_BHKV, *x)
+        return S_next, (y_BHCV, S_BHKV)
+
+    S_BHKV, (y_NBHCV, S_NBHKV) = lax.scan(one_chunk, S_BHKV, (PA_NRBHCC[:, 0], X_NBHCC, q, k, v, beta, d))
+    return (chunks.join(y_NBHCV, q_BTHK.shape[1]), S_BHKV), (*inputs, S_NBHKV, X_NBHCC)
 
 
 def _chunked_bwd(C, saved, cotangents):
-    """The sweep backwards, from the state stored at the start of each chunk; the rest of a chunk is computed again."""
-    *inputs, reset_BT, S_NBHKV = saved
+    """The sweep backwards, from the state and the inverse kept for each chunk; the rest of it is computed again."""
+    *inputs, S_NBHKV, X_NBHCC = saved
     dy_BTHV, dS_BHKV = cotangents
+    q, k, v, beta, log, reset, dy = (chunks.split(x, C) for x in (*inputs, dy_BTHV))
+    d, pull_decay = jax.vjp(lambda log: chunks.decay(log, reset), log)
 
     def backwards(dS_BHKV, x):
-        *inputs, reset, S_BHKV, dy_BHCV = x
-        _, pull = jax.vjp(lambda S, *inputs: _sweep(S, _prepare(*inputs, reset)), S_BHKV, *inputs)
+        q, k, v, beta, d, S_BHKV, X_BHCC, dy_BHCV = x
+
+        def chunk(S_BHKV, q, k, v, beta, fine):
+            here = d._replace(fine_BHCK=fine)
+            P_BHCC, A_BHCC = _products(q, k, beta, here)
+            return _sweep(S_BHKV, P_BHCC, chunks.known_inverse(A_BHCC, X_BHCC), q, k, v, beta, here)
+
+        _, pull = jax.vjp(chunk, S_BHKV, q, k, v, beta, d.fine_BHCK)
         dS_BHKV, *gradients = pull((dS_BHKV, dy_BHCV))
         return dS_BHKV, gradients
 
-    xs = tuple(chunks.split(x, C) for x in (*inputs, reset_BT))
-    dS_BHKV, gradients = lax.scan(backwards, dS_BHKV, (*xs, S_NBHKV, chunks.split(dy_BTHV, C)), reverse=True)
+    xs = q, k, v, beta, d, S_NBHKV, X_NBHCC, dy
+    dS_BHKV, (*gradients, dfine) = lax.scan(backwards, dS_BHKV, xs, reverse=True)
+    gradients += pull_decay(chunks.gradient_of(d, dfine))
     return *(chunks.join(x, dy_BTHV.shape[1]) for x in gradients), dS_BHKV, None
 
 

@@ -97,33 +97,28 @@ def _chunked(q_BTHK, k_BTHK, v_BTHV, log_BTHK, S_BHKV, reset_BT, C):
 def _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, log_BTHK, S_BHKV, reset_BT, C):
     def one_chunk(S_and_before, x):
         S_BHKV, _ = S_and_before
-        q, k, v, log, reset = x
-        y_BHCV = _read(q, k, v, log, S_BHKV, reset)
-        return (_write(k, v, log, S_BHKV, reset), S_BHKV), y_BHCV
+        q, k, v, d = x
+        return (_write(k, v, d, S_BHKV), S_BHKV), _read(q, k, v, d, S_BHKV)
 
     inputs = q_BTHK, k_BTHK, v_BTHV, log_BTHK, reset_BT
-    xs = tuple(chunks.split(x, C) for x in inputs)
-    (last_BHKV, before_BHKV), y_NBHCV = lax.scan(one_chunk, (S_BHKV, S_BHKV), xs)
+    *qkv, log, reset = (chunks.split(x, C) for x in inputs)
+    (last_BHKV, before_BHKV), y_NBHCV = lax.scan(one_chunk, (S_BHKV, S_BHKV), (*qkv, chunks.decay(log, reset)))
     return (chunks.join(y_NBHCV, q_BTHK.shape[1]), last_BHKV), (*inputs, S_BHKV, before_BHKV)
 
 
-def _read(q_BHCK, k_BHCK, v_BHCV, log_BHCK, S_BHKV, reset_BC):
-    d = chunks.decay(log_BHCK, reset_BC)
+def _read(q_BHCK, k_BHCK, v_BHCV, d, S_BHKV):
     P_BHCC = chunks.products(q_BHCK[None], k_BHCK, d)[0].astype(v_BHCV.dtype)
     q_in = chunks.scaled(q_BHCK, d.from_start())
     y_BHCV = chunks.matmul("bhij,bhjv->bhiv", P_BHCC, v_BHCV)
     return y_BHCV + chunks.matmul("bhik,bhkv->bhiv", q_in, S_BHKV.astype(q_in.dtype))
 
 
-def _written(k_BHCK, v_BHCV, log_BHCK, reset_BC):
-    k_out = chunks.scaled(k_BHCK, chunks.decay(log_BHCK, reset_BC).to_end())
-    return chunks.matmul("bhck,bhcv->bhkv", k_out, v_BHCV)
+def _written(k_BHCK, v_BHCV, d):
+    return chunks.matmul("bhck,bhcv->bhkv", chunks.scaled(k_BHCK, d.to_end()), v_BHCV)
 
 
-def _write(k_BHCK, v_BHCV, log_BHCK, S_BHKV, reset_BC):
-    d = chunks.decay(log_BHCK, reset_BC)
-    kept_BHKV = jnp.where(d.unbroken(), d.whole() * S_BHKV, 0)
-    return kept_BHKV + _written(k_BHCK, v_BHCV, log_BHCK, reset_BC)
+def _write(k_BHCK, v_BHCV, d, S_BHKV):
+    return jnp.where(d.unbroken(), d.whole() * S_BHKV, 0) + _written(k_BHCK, v_BHCV, d)
 
 
 def _chunked_bwd(C, saved, cotangents):
@@ -135,38 +130,42 @@ def _chunked_bwd(C, saved, cotangents):
     follows from the chunk after it: what n + 1 keeps and reads of S_n+1 is what n has kept and written. The last
     chunk's is taken from the state before it, the one state that is saved.
     """
-    q, k, v, log, reset, S_BHKV, before_BHKV = saved
+    *inputs, S_BHKV, before_BHKV = saved
     dy_BTHV, dS_BHKV = cotangents
-    xs = tuple(chunks.split(x, C) for x in (q, k, v, log, reset, dy_BTHV))
+    q, k, v, log, reset, dy = (chunks.split(x, C) for x in (*inputs, dy_BTHV))
+    d, pull_decay = jax.vjp(lambda log: chunks.decay(log, reset), log)
 
     def forwards(S_BHKV, x):
-        q, k, v, log, reset, dy = x
-        _, pull = jax.vjp(lambda q, k, v, log: _read(q, k, v, log, S_BHKV, reset), q, k, v, log)
-        q_in = chunks.scaled(q, chunks.decay(log, reset).from_start())
+        q, k, v, dy, d = x
+        fine = d.fine_BHCK
+        _, pull = jax.vjp(lambda q, k, v, fine: _read(q, k, v, d._replace(fine_BHCK=fine), S_BHKV), q, k, v, fine)
+        q_in = chunks.scaled(q, d.from_start())
         read_BHK = jnp.sum(S_BHKV * chunks.matmul("bhck,bhcv->bhkv", q_in, dy), -1)
-        return _write(k, v, log, S_BHKV, reset), (*pull(dy), read_BHK)
+        return _write(k, v, d, S_BHKV), (*pull(dy), read_BHK)
 
-    _, (dq, *within) = lax.scan(forwards, S_BHKV, xs)
+    _, (dq, *within) = lax.scan(forwards, S_BHKV, (q, k, v, dy, d))
 
     def backwards(carry, x):
         dS_BHKV, kept_and_written_BHK = carry
-        (q, k, v, log, reset, dy), (dk, dv, dlog, read_BHK), is_last = x
-        written_BHKV, pull = jax.vjp(lambda k, v, log: _written(k, v, log, reset), k, v, log)
-        dk_out, dv_out, dlog_out = pull(dS_BHKV)
-        d = chunks.decay(log, reset)
+        (q, k, v, dy, d), (dk, dv, dfine, read_BHK), is_last = x
+        fine = d.fine_BHCK
+        written_BHKV, pull = jax.vjp(lambda k, v, fine: _written(k, v, d._replace(fine_BHCK=fine)), k, v, fine)
+        dk_out, dv_out, dfine_out = pull(dS_BHKV)
         kept_BHK = kept_and_written_BHK - jnp.where(is_last, 0, jnp.sum(written_BHKV * dS_BHKV, -1))
         kept_BHK = jnp.where(d.unbroken()[..., 0], kept_BHK, 0)
-        dlog_kept = jnp.sum(kept_BHK, -1, keepdims=True) if log.shape[-1] == 1 else kept_BHK
+        over_chunk = jnp.sum(kept_BHK, -1, keepdims=True) if fine.shape[-1] == 1 else kept_BHK
+        dfine = (dfine + dfine_out).at[..., -1, :].add(over_chunk)  # the sum at the last token is the whole chunk's
         q_in = chunks.scaled(q, d.from_start())
         dS_BHKV = jnp.where(d.unbroken(), d.whole() * dS_BHKV, 0) + chunks.matmul("bhck,bhcv->bhkv", q_in, dy)
-        return (dS_BHKV, kept_BHK + read_BHK), (dk + dk_out, dv + dv_out, dlog + dlog_out + dlog_kept[..., None, :])
+        return (dS_BHKV, kept_BHK + read_BHK), (dk + dk_out, dv + dv_out, dfine)
 
-    log_NBHCK, reset_NBC = xs[3:5]
-    is_last = jnp.arange(len(reset_NBC)) == len(reset_NBC) - 1
-    kept_BHK = jnp.sum(chunks.decay(log_NBHCK[-1], reset_NBC[-1]).whole() * before_BHKV * dS_BHKV, -1)
-    (dS_BHKV, _), gradients = lax.scan(backwards, (dS_BHKV, kept_BHK), (xs, within, is_last), reverse=True)
-    gradients = (chunks.join(x, dy_BTHV.shape[1]) for x in (dq, *gradients))
-    return *gradients, dS_BHKV, None
+    N = len(reset)
+    last = jax.tree.map(lambda x: x[-1], d)
+    carry = dS_BHKV, jnp.sum(last.whole() * before_BHKV * dS_BHKV, -1)
+    xs = (q, k, v, dy, d), within, jnp.arange(N) == N - 1
+    (dS_BHKV, _), (dk, dv, dfine) = lax.scan(backwards, carry, xs, reverse=True)
+    (dlog,) = pull_decay(chunks.gradient_of(d, dfine))
+    return *(chunks.join(x, dy_BTHV.shape[1]) for x in (dq, dk, dv, dlog)), dS_BHKV, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
