@@ -1,0 +1,38 @@
+"""The measuring scripts run end to end at a small size, measure what they say, and refuse what they must."""
+
+import json
+
+import pytest
+
+from experiments import decode_speed, op_speed
+
+
+def test_op_speed(tmp_path):
+    out = tmp_path / "run"
+    config = op_speed.Config(out, ("linear_scan", "delta_rule"), ("key",), 2, (1,), (4,), (8, 16), False, 1)
+    rows = op_speed.main(config)
+    assert rows == [json.loads(line) for line in (out / "op_speed.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 2 * 3 and (out / "op_speed.png").stat().st_size > 1000
+    for row in rows:
+        assert row["us_per_token"] > 0 and row["bytes"] > 0
+        assert (row["growth"] is None) == (row["T"] == 8)
+        assert row["times_scan"] == 1 if row["impl"] == "scan" else row["times_scan"] > 0
+    with pytest.raises(ValueError, match="out: expected a new or empty directory"):
+        op_speed.main(config)
+    with pytest.raises(ValueError, match="unknown op 'delta'; did you mean delta_rule"):
+        op_speed.main(op_speed.Config(tmp_path / "other", ops=("delta",)))
+
+
+def test_op_speed_leaves_out_what_does_not_fit(tmp_path):
+    config = op_speed.Config(tmp_path, ("delta_rule",), ("head",), 1, (1,), (4,), (8,), False, 1, memory_limit=0)
+    assert all("us_per_token" not in row for row in op_speed.main(config))
+
+
+def test_decode_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_speed.memzoo, "names", lambda: ("gru", "attention"))
+    rows = decode_speed.main(decode_speed.Config(tmp_path, 8, 2, 3, 9, 5, 1))
+    assert [row["name"] for row in rows] == ["gru", "attention"]
+    for row in rows:
+        assert row["us_early"] > 0 and row["us_late"] > 0 and row["bytes_early"] == row["bytes_late"]
+    with pytest.raises(ValueError, match="late: expected at least"):
+        decode_speed.main(decode_speed.Config(tmp_path / "other", late=10))
