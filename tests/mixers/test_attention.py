@@ -217,7 +217,7 @@ def test_training_keeps_no_scores():
         ({"heads": 5, "window": 0}, "window: expected an integer >= 1, got 0"),
         ({"heads": 5, "sinks": -1}, "sinks: expected an integer >= 0, got -1"),
         ({"heads": 5, "rope_base": 0.0}, "rope_base: expected a number > 0, got 0.0"),
-        ({"heads": 5, "impl": "chunks"}, "impl: .*'chunks'; did you mean chunk"),
+        ({"heads": 5, "impl": "chunks"}, "impl: .*'chunks', did you mean chunk"),
     ],
 )
 def test_fields_out_of_range(fields, says):
