@@ -68,15 +68,20 @@ def describe(state: Any) -> str:
 
 def divisible(name: str, value: int, by_name: str, by: int) -> int:
     """value // by, or a ValueError that says which field does not divide which."""
-    if by < 1 or value < 1 or value % by:
+    positive(**{by_name: by})
+    if not whole_number(value) or value < 1 or value % by:
         raise ValueError(f"{name}: expected a positive multiple of {by_name} = {by}, got {value}")
     return value // by
 
 
 def positive(**fields: int) -> None:
     for name, value in fields.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+        if not whole_number(value) or value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def whole_number(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -100,8 +100,8 @@ class Attention(nn.Module):
             K = contract.divisible("width", self.width, "heads", self.heads)
         if K < 2 or K % 2:
             raise ValueError(f"head_dim: expected an even integer >= 2, to rotate pairs, got {K}")
-        if self.sinks < 0:
-            raise ValueError(f"sinks: expected an integer >= 0, got {self.sinks}")
+        if not contract.whole_number(self.sinks) or self.sinks < 0:
+            raise ValueError(f"sinks: expected an integer >= 0, got {self.sinks!r}")
         if self.rope_base <= 0:
             raise ValueError(f"rope_base: expected a number > 0, got {self.rope_base}")
         return G, R, K, self.sinks + self.window

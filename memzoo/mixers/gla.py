@@ -51,6 +51,8 @@ class GLA(nn.Module):
         K = self.key_dim if self.key_dim is not None else max(1, per_head // 2)
         V = self.value_dim if self.value_dim is not None else per_head
         contract.positive(key_dim=K, value_dim=V, gate_rank=self.gate_rank)
+        if not self.gate_temperature > 0:
+            raise ValueError(f"gate_temperature: expected a number > 0, got {self.gate_temperature}")
         return self.heads, K, V
 
     def initial_state(self, batch: int) -> State:

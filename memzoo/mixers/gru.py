@@ -52,6 +52,7 @@ class GRU(nn.Module):
         """F"""
         F = self.hidden if self.hidden is not None else self.width
         contract.positive(width=self.width, hidden=F)
+        ops.check_jacobian(self.jacobian)
         return F
 
     def initial_state(self, batch: int) -> State:

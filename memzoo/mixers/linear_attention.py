@@ -27,7 +27,7 @@ class State(NamedTuple):
 
 def phi(x):
     """elu(x) + 1, and positive where that would round to 0."""
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
 def step(state, q_K, k_K, v_V):
@@ -87,10 +87,10 @@ def linear_attention(q_BTHK, k_BTHK, v_BTHV, state, reset_BT, impl="auto"):
     if impl == "scan":
         y_BTHV, state = ops.recur(jax.vmap(step), state, ops.widen(xs), reset_BT)
         return y_BTHV.astype(v_BTHV.dtype), state
-    # The normaliser is the memory of one more value, which is always 1.
-    v_BTHU = jnp.pad(v_BTHV, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
+    # The normaliser is the memory of one more value, always 1. It grows with T, so it is not rounded to `dtype`.
+    v_BTHU = jnp.pad(v_BTHV.astype(state.S_BHKV.dtype), [(0, 0)] * 3 + [(0, 1)], constant_values=1)
     S_BHKU = jnp.concatenate([state.S_BHKV, state.z_BHK[..., None]], axis=-1)
     q_BTHK, k_BTHK = (phi(x).astype(v_BTHV.dtype) for x in ops.widen((q_BTHK, k_BTHK)))
     y_BTHU, S_BHKU = ops.linear_attention(q_BTHK, k_BTHK, v_BTHU, None, S_BHKU, reset_BT, impl=impl)
     y_BTHV = y_BTHU[..., :-1] / jnp.maximum(y_BTHU[..., -1:], FLOOR)
-    return y_BTHV, State(S_BHKU[..., :-1], S_BHKU[..., -1])
+    return y_BTHV.astype(v_BTHV.dtype), State(S_BHKU[..., :-1], S_BHKU[..., -1])

@@ -53,6 +53,10 @@ class LRU(nn.Module):
         """N"""
         N = self.width if self.state_size is None else self.state_size
         contract.positive(width=self.width, state_size=N)
+        if not 0 <= self.r_min < self.r_max <= 1:
+            raise ValueError(f"r_min, r_max: expected 0 <= r_min < r_max <= 1, got {self.r_min}, {self.r_max}")
+        if not self.max_phase > 0:
+            raise ValueError(f"max_phase: expected a number > 0, got {self.max_phase}")
         return N
 
     def initial_state(self, batch: int) -> State:
@@ -64,8 +68,6 @@ class LRU(nn.Module):
         self, x_BTD: jax.Array, state: State | None = None, reset_BT: jax.Array | None = None
     ) -> tuple[jax.Array, State]:
         state = contract.begin(self, x_BTD, state, reset_BT)
-        if not 0 <= self.r_min < self.r_max <= 1:
-            raise ValueError(f"r_min, r_max: expected 0 <= r_min < r_max <= 1, got {self.r_min}, {self.r_max}")
         N, D = self.size(), self.width
         wide = contract.state_dtype(self.dtype)
 
@@ -106,11 +108,15 @@ def lru(x_BTD, lambda_N, gamma_N, B_ED, C_DE, D_D, h_BN, reset_BT, impl="auto"):
 
 
 def ring(r_min, r_max):
-    """log(-log|lambda|), where lambda is uniform on the ring: its squared modulus is, and log 0 is not drawn."""
+    """log(-log|lambda|), where lambda is uniform on the ring: its squared modulus is.
+
+    Drawn as 1 - |lambda|^2, which float32 resolves near the unit circle; never 0, nor so near 1 that the log is.
+    """
 
     def init(key, shape, dtype=float):
-        square = jax.random.uniform(key, shape, jnp.float32, max(r_min**2, jnp.finfo(jnp.float32).eps), r_max**2)
-        return jnp.log(-0.5 * jnp.log(square)).astype(dtype)
+        inside = 1 - r_max**2 + (r_max**2 - r_min**2) * (1 - jax.random.uniform(key, shape, jnp.float32))
+        inside = jnp.minimum(inside, 1 - jnp.finfo(jnp.float32).eps)
+        return jnp.log(-0.5 * jnp.log1p(-inside)).astype(dtype)
 
     return init
 

@@ -19,15 +19,15 @@ def check_impl(op: str, impl: str, forms: tuple[str, ...]) -> None:
         return
     if impl not in IMPLS:
         expected = ", ".join(("auto", *forms))
-        raise ValueError(f"impl: expected one of {expected}; got {impl!r}, {nearest(impl, ('auto', *IMPLS))}")
+        raise ValueError(f"impl: expected one of {expected}; got {impl!r}, {nearest(str(impl), ('auto', *IMPLS))}")
     raise NotImplementedError(f"impl: {op} has no form {impl!r}; it has {', '.join(forms)}")
 
 
-def check_shapes(**arrays: Any) -> dict[str, int]:
+def check_shapes(may_be_empty: str = "", **arrays: Any) -> dict[str, int]:
     """Checks each array against the suffix of its name (q_BTHK has axes B, T, H, K) and returns the sizes.
 
-    None is skipped. Raises ValueError for a wrong rank, for two sizes of one letter, for a size 0, for a dtype that
-    is neither floating nor complex (bool for reset_BT).
+    None is skipped; only the axes of `may_be_empty` may have size 0. Raises ValueError for a wrong rank, for two sizes
+    of one letter, for a size 0, for a dtype that is neither floating nor complex (bool for reset_BT).
     """
     sizes: dict[str, int] = {}
     first: dict[str, str] = {}
@@ -39,7 +39,7 @@ def check_shapes(**arrays: Any) -> dict[str, int]:
         if len(shape) != len(axes):
             raise ValueError(f"{name}: expected {len(axes)} axes [{', '.join(axes)}], got shape {list(shape)}")
         for axis, size in zip(axes, shape, strict=True):
-            if size == 0:
+            if size == 0 and axis not in may_be_empty:
                 raise ValueError(f"{name}: expected {axis} >= 1, got shape {list(shape)}")
             if sizes.setdefault(axis, size) != size:
                 as_in = f"{axis} = {sizes[axis]} as in {first[axis]}"
@@ -56,9 +56,20 @@ def check_shapes(**arrays: Any) -> dict[str, int]:
 
 def check_log_decay(q_BTHK, log_decay):
     """The log-decay as [B, T, H] or [B, T, H, K], zeros for None, in float32 or wider."""
-    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    wide = jnp.promote_types(jnp.result_type(q_BTHK), jnp.float32)
     if log_decay is None:
         return jnp.zeros(q_BTHK.shape[:3], wide)
     name = "log_decay_BTHK" if jnp.ndim(log_decay) == 4 else "log_decay_BTH"
     check_shapes(q_BTHK=q_BTHK, **{name: log_decay})
     return jnp.asarray(log_decay, wide)
+
+
+def dtypes(q_BTHK: Any, k_BTHK: Any, v_BTHV: Any, S_BHKV: Any) -> tuple[jnp.dtype, jnp.dtype]:
+    """(of products, of the state and sums): the inputs' common one, and that in float32 at least.
+
+    A state in float64 makes both float64.
+    """
+    common = jnp.result_type(q_BTHK, k_BTHK, v_BTHV)
+    wide = jnp.promote_types(common, jnp.float32)
+    given = wide if S_BHKV is None else jnp.promote_types(jnp.result_type(S_BHKV), wide)
+    return (common, wide) if given == wide else (given, given)

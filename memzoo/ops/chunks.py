@@ -18,7 +18,7 @@ from jax import lax
 
 ROWS = 16  # of forward substitution
 COARSE = 2.0**-6  # log-decays are split into multiples of this and a remainder below it
-FLOOR = -2000.0  # exp of it is 0 in float64 too, and 64 of it are still exact multiples of COARSE in float32
+FLOOR = -2000.0  # exp of it is 0 in float64 too
 
 
 def matmul(equation: str, *operands: jax.Array) -> jax.Array:
@@ -81,7 +81,10 @@ class Decay(NamedTuple):
 
 def decay(log_decay_NBHCK: jax.Array, reset_NBC: jax.Array) -> Decay:
     """Sums log-decays and resets along each chunk. Leading axes N are kept, for a scan over the chunks."""
-    clipped = jnp.maximum(log_decay_NBHCK, FLOOR)
+    # Coarse sums stay below 2^24 multiples, which are exact in float32; exp of the floor is 0 all the same.
+    exact = -(2.0**24) * COARSE / log_decay_NBHCK.shape[-2]
+    floor = FLOOR if log_decay_NBHCK.dtype == jnp.float64 else max(FLOOR, exact)
+    clipped = jnp.maximum(log_decay_NBHCK, floor)
     coarse = jnp.round(lax.stop_gradient(clipped) / COARSE) * COARSE
     cumsum = lambda x: jnp.cumsum(x, axis=-2)
     return Decay(

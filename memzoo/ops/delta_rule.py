@@ -20,7 +20,7 @@ from jax import lax
 
 from memzoo.contract import positive
 from memzoo.ops import chunks
-from memzoo.ops.checks import check_impl, check_log_decay, check_shapes
+from memzoo.ops.checks import check_impl, check_log_decay, check_shapes, dtypes
 from memzoo.ops.recur import recur
 
 FORMS = ("scan", "associative", "chunk")
@@ -50,28 +50,34 @@ def delta_rule(
     beta_BTH: the write strength, in [0, 1], or to 2 for negative eigenvalues; beta |k|^2 > 2 diverges, so keys are
     usually of unit length. log_decay: [B, T, H] or [B, T, H, K], natural log, <= 0; None is no decay.
     S_BHKV: the incoming state, zeros by default. reset_BT: bool, where True the token begins a new sequence.
-    impl: 'scan', 'associative', 'chunk' or 'auto'. All forms are differentiable in every array; twice, `scan` and
-    `associative`. `chunk` keeps one state and one inverse [C, C] per chunk for its gradient.
+    impl: 'scan', 'associative', 'chunk' or 'auto'. All forms are differentiable in every array, any number of times;
+    forward mode is not for `chunk`. `chunk` keeps one state and one inverse [C, C] per chunk for its gradient.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """
     positive(chunk=chunk)
     check_impl("delta_rule", impl, FORMS)
     check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, beta_BTH=beta_BTH, S_BHKV=S_BHKV, reset_BT=reset_BT)
-    q_BTHK, k_BTHK, v_BTHV = jnp.asarray(q_BTHK), jnp.asarray(k_BTHK), jnp.asarray(v_BTHV)
     log_decay = check_log_decay(q_BTHK, log_decay)
+    return _forms(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT, impl=impl, chunk=chunk)
+
+
+@partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
+def _forms(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT, impl, chunk):
+    common, wide = dtypes(q_BTHK, k_BTHK, v_BTHV, S_BHKV)
     B, T, H, K = q_BTHK.shape
-    wide = jnp.promote_types(v_BTHV.dtype, jnp.float32)
-    beta_BTH = jnp.asarray(beta_BTH, wide)
-    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else jnp.asarray(S_BHKV, wide)
+    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else S_BHKV.astype(wide)
+    log_decay = log_decay.astype(wide)
+    beta_BTH = beta_BTH.astype(wide)
     if impl == "chunk" or (impl == "auto" and T > 1):
-        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else jnp.asarray(reset_BT)
+        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
         S_BHKV = jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV)
+        q, k, v = (x.astype(common) for x in (q_BTHK, k_BTHK, v_BTHV))
         log_BTHK = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        y_BTHV, S_BHKV = _chunked(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
+        y_BTHV, S_BHKV = _chunked(q, k, v, beta_BTH, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
     else:
         q, k, v = (x.astype(wide) for x in (q_BTHK, k_BTHK, v_BTHV))
         form = _associative if impl == "associative" else scan
-        y_BTHV, S_BHKV = form(q, k, v, beta_BTH, log_decay.astype(wide), S_BHKV, reset_BT)
+        y_BTHV, S_BHKV = form(q, k, v, beta_BTH, log_decay, S_BHKV, reset_BT)
     return y_BTHV.astype(v_BTHV.dtype), S_BHKV
 
 
@@ -86,7 +92,7 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
     erase_BTHKK = k_beta[..., None] * k_BTHK[..., None, :]
     M_BTHKK = (jnp.eye(k_BTHK.shape[-1], dtype=k_BTHK.dtype) - erase_BTHKK) * a_BTHK[..., None, :]
     X_BTHKV = k_beta[..., None] * v_BTHV[..., None, :]
-    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else jnp.asarray(reset_BT)
+    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else reset_BT
     S_BHKV = jnp.where(reset_BT[:, 0, None, None, None], 0, S_BHKV)
     X_BTHKV = X_BTHKV.at[:, 0].add(M_BTHKK[:, 0] @ S_BHKV)
 
@@ -95,8 +101,9 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
         return jnp.where(s, L, L @ M), jnp.where(s, Y, L @ X + Y), r | s
 
     xs = M_BTHKK, X_BTHKV, reset_BT[..., None, None, None]
-    S_BTHKV = lax.associative_scan(combine, xs, axis=1)[1]
-    return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
+    with jax.default_matmul_precision("highest"):  # as in the definition
+        S_BTHKV = lax.associative_scan(combine, xs, axis=1)[1]
+        return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
 
 
 def _products(q_BHCK, k_BHCK, beta_BHC, d):

@@ -17,7 +17,7 @@ from jax import lax
 
 from memzoo.contract import positive
 from memzoo.ops import chunks
-from memzoo.ops.checks import check_impl, check_log_decay, check_shapes
+from memzoo.ops.checks import check_impl, check_log_decay, check_shapes, dtypes
 from memzoo.ops.recur import recur
 
 FORMS = ("scan", "associative", "chunk")
@@ -44,27 +44,34 @@ def linear_attention(
 
     log_decay: [B, T, H] or [B, T, H, K], natural log, <= 0; None is no decay. There is no hidden scale on q.
     S_BHKV: the incoming state, zeros by default. reset_BT: bool, where True the token begins a new sequence.
-    impl: 'scan', 'associative', 'chunk' or 'auto'. All forms are differentiable in every array; twice, `scan` alone.
-    The gradient of `chunk` stores no states: a forward sweep for q and a backward one for k and v recompute them.
+    impl: 'scan', 'associative', 'chunk' or 'auto'. All forms are differentiable in every array, any number of times;
+    forward mode is not for `chunk`. The gradient of `chunk` stores no states: a forward sweep for q and a backward one
+    for k and v recompute them.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """
     positive(chunk=chunk)
     check_impl("linear_attention", impl, FORMS)
     check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, S_BHKV=S_BHKV, reset_BT=reset_BT)
-    q_BTHK, k_BTHK, v_BTHV = jnp.asarray(q_BTHK), jnp.asarray(k_BTHK), jnp.asarray(v_BTHV)
     log_decay = check_log_decay(q_BTHK, log_decay)
+    return _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT, impl=impl, chunk=chunk)
+
+
+@partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
+def _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT, impl, chunk):
+    common, wide = dtypes(q_BTHK, k_BTHK, v_BTHV, S_BHKV)
     B, T, H, K = q_BTHK.shape
-    wide = jnp.promote_types(v_BTHV.dtype, jnp.float32)
-    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else jnp.asarray(S_BHKV, wide)
+    S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else S_BHKV.astype(wide)
+    log_decay = log_decay.astype(wide)
     if impl == "chunk" or (impl == "auto" and T > 1):
-        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else jnp.asarray(reset_BT)
+        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
         S_BHKV = jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV)
+        q, k, v = (x.astype(common) for x in (q_BTHK, k_BTHK, v_BTHV))
         log_BTHK = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        y_BTHV, S_BHKV = _chunked(q_BTHK, k_BTHK, v_BTHV, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
+        y_BTHV, S_BHKV = _chunked(q, k, v, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
     else:
         q, k, v = (x.astype(wide) for x in (q_BTHK, k_BTHK, v_BTHV))
         form = _associative if impl == "associative" else scan
-        y_BTHV, S_BHKV = form(q, k, v, log_decay.astype(wide), S_BHKV, reset_BT)
+        y_BTHV, S_BHKV = form(q, k, v, log_decay, S_BHKV, reset_BT)
     return y_BTHV.astype(v_BTHV.dtype), S_BHKV
 
 
@@ -77,7 +84,7 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
     """Every state at once, so memory grows with T K V: for short sequences and long memories of few entries."""
     a_BTHK1 = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])[..., None]
     x_BTHKV = k_BTHK[..., None] * v_BTHV[..., None, :]
-    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else jnp.asarray(reset_BT)
+    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else reset_BT
     x_BTHKV = x_BTHKV.at[:, 0].add(a_BTHK1[:, 0] * jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV))
 
     def combine(left, right):
@@ -85,8 +92,9 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
         return a * b, jnp.where(s, y, b * x + y), r | s
 
     xs = a_BTHK1, x_BTHKV, reset_BT[..., None, None, None]
-    S_BTHKV = lax.associative_scan(combine, xs, axis=1)[1]
-    return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
+    with jax.default_matmul_precision("highest"):  # as in the definition
+        S_BTHKV = lax.associative_scan(combine, xs, axis=1)[1]
+        return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))

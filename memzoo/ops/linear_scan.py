@@ -46,10 +46,15 @@ def linear_scan(
     positive(chunk=chunk)
     check_impl("linear_scan", impl, FORMS)
     check_shapes(x_BTX=x_BTX, a_BTX=a_BTX, h_BX=h_BX, reset_BT=reset_BT)
+    return _forms(a_BTX, x_BTX, h_BX, reset_BT, impl=impl, chunk=chunk)
+
+
+@partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
+def _forms(a_BTX, x_BTX, h_BX, reset_BT, impl, chunk):
     dtype = jnp.result_type(a_BTX, x_BTX, jnp.float32, *([] if h_BX is None else [h_BX]))
     B, T, X = x_BTX.shape
-    a_BTX, x_BTX = jnp.asarray(a_BTX, dtype), jnp.asarray(x_BTX, dtype)
-    h_BX = jnp.zeros((B, X), dtype) if h_BX is None else jnp.asarray(h_BX, dtype)
+    a_BTX, x_BTX = a_BTX.astype(dtype), x_BTX.astype(dtype)
+    h_BX = jnp.zeros((B, X), dtype) if h_BX is None else h_BX.astype(dtype)
     if impl == "auto":
         impl = "chunk" if T > 1 else "scan"
     if impl == "scan":
@@ -93,7 +98,7 @@ def _carry(a, h):
 def _associative(a_BTX, x_BTX):
     def combine(left, right):
         (a, x), (b, y) = left, right
-        return a * b, _carry(b, x) + y
+        return _carry(b, a), _carry(b, x) + y
 
     return lax.associative_scan(combine, (a_BTX, x_BTX), axis=1)[1]
 
@@ -107,7 +112,7 @@ def _chunked(a_BTX, x_BTX, C):
     def within(carry, ax):
         h_BNX, p_BNX = carry
         a_BNX, x_BNX = ax
-        h_BNX, p_BNX = _carry(a_BNX, h_BNX) + x_BNX, a_BNX * p_BNX
+        h_BNX, p_BNX = _carry(a_BNX, h_BNX) + x_BNX, _carry(a_BNX, p_BNX)
         return (h_BNX, p_BNX), (h_BNX, p_BNX)
 
     zero_BNX = jnp.zeros((B, N, X), x_BTX.dtype)

@@ -220,10 +220,15 @@ def _finite(x):
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def _check_newton(jacobian, max_iterations):
+def check_jacobian(jacobian: str) -> None:
+    """Raises ValueError for a name that 'newton' does not know, with the nearest one."""
     if jacobian not in JACOBIANS:
         expected = " or ".join(map(repr, JACOBIANS))
         raise ValueError(f"jacobian: expected {expected}, got {jacobian!r}; {nearest(str(jacobian), JACOBIANS)}")
+
+
+def _check_newton(jacobian, max_iterations):
+    check_jacobian(jacobian)
     if max_iterations is not None and max_iterations < 1:
         raise ValueError(f"max_iterations: expected None or an integer >= 1, got {max_iterations}")
 
@@ -231,6 +236,7 @@ def _check_newton(jacobian, max_iterations):
 def _check(step, h_BX, xs, reset_BT):
     """(h_BX in float32 or wider, the jaxpr of `step`, the arrays that it closes over), after checking that all fit."""
     check_shapes(h_BX=h_BX)
+    h_BX = jnp.asarray(h_BX)
     if jnp.issubdtype(h_BX.dtype, jnp.complexfloating):
         raise ValueError(f"h_BX: expected a real dtype, got {h_BX.dtype}")
     leaves = jax.tree_util.tree_leaves_with_path(xs)

@@ -23,7 +23,7 @@ def short_conv(
     reset_BT: bool, where True neither this token nor later ones see inputs from before.
     Raises ValueError for shapes or dtypes that do not fit.
     """
-    check_shapes(x_BTX=x_BTX, f_WX=f_WX, past_BPX=past_BPX, reset_BT=reset_BT)
+    check_shapes("P", x_BTX=x_BTX, f_WX=f_WX, past_BPX=past_BPX, reset_BT=reset_BT)
     B, _, X = x_BTX.shape
     x_BTX, f_WX = jnp.asarray(x_BTX), jnp.asarray(f_WX)
     P = f_WX.shape[0] - 1

@@ -166,3 +166,22 @@ def test_bad_arguments_are_named():
         ops.short_conv(x, np.ones((4, X)), np.ones((B, 2, X)))
     with pytest.raises(ValueError, match="f_WX: expected X = 4"):
         ops.short_conv(x, np.ones((4, 3)))
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_nan_in_a_does_not_cross_a_reset(impl):
+    a, x, _, _ = make("positive")
+    a[:, 3] = np.nan
+    reset = np.zeros((B, T), bool)
+    reset[:, 5] = reset[:, 24] = True
+    h_BTX, h_BX = ops.linear_scan(a, x, None, reset, impl=impl, chunk=CHUNK)
+    assert np.isnan(h_BTX[:, 3]).all()
+    assert np.isfinite(h_BTX[:, 24 if impl == "chunk" else 5 :]).all() and np.isfinite(h_BX).all()
+
+
+def test_a_filter_of_one_tap_has_no_past():
+    x = make("positive")[1]
+    y, past = ops.short_conv(x, np.full((1, X), 2.0))
+    again, _ = ops.short_conv(x, np.full((1, X), 2.0), past, np.ones((B, T), bool))
+    np.testing.assert_allclose(y, 2 * x, rtol=1e-6)
+    np.testing.assert_array_equal(again, y)

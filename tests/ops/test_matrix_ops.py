@@ -1,5 +1,7 @@
 """linear_attention and delta_rule: every form computes the definition, whatever the keys, decays, resets and chunk."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,3 +254,51 @@ def test_bad_arguments_are_named(op):
         call(q, k, v, impl="newton")
     with pytest.raises(ValueError, match="chunk: expected an integer >= 1, got 0"):
         call(q, k, v, impl="chunk", chunk=0)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_chunk_is_twice_differentiable(name):
+    """The gradient of the squared norm of the gradient, in q, k and v, is that of the definition."""
+    a = {key: jnp.asarray(x, jnp.float32) for key, x in make("correlated", "weak", False).items()}
+    a = {key: x[:, :19] if key != "S" else x for key, x in a.items()}
+
+    def twice(impl):
+        once = lambda qkv: jnp.sum(OPS[name](**{**a, **qkv}, impl=impl, chunk=8)[0] ** 2)
+        norm = lambda qkv: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(once)(qkv)))
+        return jax.jit(jax.grad(norm))({key: a[key] for key in "qkv"})
+
+    want = twice("scan")
+    for key, gradient in twice("chunk").items():
+        assert relative(gradient, want[key]) < 1e-5
+
+
+def test_long_chunks_stay_exact_under_very_strong_decay():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 512, 1, 4)).astype("f") for _ in range(3))
+    log_decay = np.where(rng.uniform(size=(1, 512, 1)) < 0.7, -1e4, -0.01).astype("f")
+    y, S = ops.linear_attention(q, k, v, log_decay, impl="chunk", chunk=512)
+    want_y, want_S = ops.linear_attention(q, k, v, log_decay, impl="scan")
+    assert relative(y, want_y) < 1e-5 and relative(S, want_S) < 1e-5
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("name", OPS)
+def test_mixed_dtypes_take_the_widest(name, impl):
+    a = make("random", "weak", True)
+    with jax.enable_x64(True):
+        narrow = {key: jnp.asarray(x, jnp.float32 if key in "vS" else jnp.float64) for key, x in a.items()}
+        y, S = OPS[name](**narrow, impl=impl)
+        assert y.dtype == jnp.float32 and S.dtype == jnp.float64
+        narrow = {key: jnp.asarray(x, jnp.float64 if key == "S" else jnp.float32) for key, x in a.items()}
+        y, S = OPS[name](**narrow, impl=impl)
+        assert y.dtype == jnp.float32 and S.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_call_outside_of_jit_compiles_once(name):
+    forms = sys.modules[f"memzoo.ops.{name}"]._forms
+    arrays = make("random", "weak", False)
+    OPS[name](**arrays, chunk=CHUNK)
+    compiled = forms._cache_size()
+    OPS[name](**arrays, chunk=CHUNK)
+    assert compiled == forms._cache_size() > 0
