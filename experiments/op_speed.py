@@ -183,7 +183,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             style = "--" if what == "forward" else "-"
             axes.loglog(*zip(*points, strict=True), style, color=color, marker=".", label=f"{impl}, {what}")
         axes.set(title="{}, decay {}, H={}, K=V={}".format(*panel), xlabel="T", ylabel="us per token")
-        if index == 0:
+        if index == 0 and lines:
             axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 

@@ -55,8 +55,9 @@ def _forms(a_BTX, x_BTX, h_BX, reset_BT, impl, chunk):
     B, T, X = x_BTX.shape
     a_BTX, x_BTX = a_BTX.astype(dtype), x_BTX.astype(dtype)
     h_BX = jnp.zeros((B, X), dtype) if h_BX is None else h_BX.astype(dtype)
-    if impl == "auto":
-        impl = "chunk" if T > 1 else "scan"
+    if impl == "auto":  # on a CPU memory is the limit, and a real scan reads it once; complex numbers gain from chunks
+        bound = jax.default_backend() == "cpu" and not jnp.issubdtype(dtype, jnp.complexfloating)
+        impl = "scan" if T == 1 or bound else "chunk"
     if impl == "scan":
         return recur(step, h_BX, (a_BTX, x_BTX), reset_BT)
     if reset_BT is not None:
