@@ -6,7 +6,7 @@ a difference of two small numbers survives a strong decay before them. Resets cu
 tokens, or a token and the incoming state, see each other only inside one segment.
 
 Dims: B batch, T time, H heads, K key, N chunks, C chunk, R sets of rows,
-      X anything after time and heads.
+      X anything after time and heads, Z all leading axes in one.
 """
 
 from typing import Any, NamedTuple

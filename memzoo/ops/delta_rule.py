@@ -94,14 +94,13 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
     X_BTHKV = k_beta[..., None] * v_BTHV[..., None, :]
     reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else reset_BT
     S_BHKV = jnp.where(reset_BT[:, 0, None, None, None], 0, S_BHKV)
-    X_BTHKV = X_BTHKV.at[:, 0].add(M_BTHKK[:, 0] @ S_BHKV)
 
     def combine(left, right):
         (M, X, r), (L, Y, s) = left, right
         return jnp.where(s, L, L @ M), jnp.where(s, Y, L @ X + Y), r | s
 
-    xs = M_BTHKK, X_BTHKV, reset_BT[..., None, None, None]
     with jax.default_matmul_precision("highest"):  # as in the definition
+        xs = M_BTHKK, X_BTHKV.at[:, 0].add(M_BTHKK[:, 0] @ S_BHKV), reset_BT[..., None, None, None]
         S_BTHKV = lax.associative_scan(combine, xs, axis=1)[1]
         return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
 

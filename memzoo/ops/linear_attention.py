@@ -76,8 +76,7 @@ def _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT, impl, chunk):
 
 
 def scan(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
-    y_BTHV, S_BHKV = recur(jax.vmap(step), S_BHKV, (q_BTHK, k_BTHK, v_BTHV, log_decay), reset_BT)
-    return y_BTHV, S_BHKV
+    return recur(jax.vmap(step), S_BHKV, (q_BTHK, k_BTHK, v_BTHV, log_decay), reset_BT)
 
 
 def _associative(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
