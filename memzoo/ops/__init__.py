@@ -1,5 +1,6 @@
 """The recurrences that several architectures share: pure functions on arrays, each in several forms."""
 
+from memzoo.ops.affine_scan import affine_scan
 from memzoo.ops.delta_rule import delta_rule
 from memzoo.ops.linear_attention import linear_attention
 from memzoo.ops.linear_scan import linear_scan

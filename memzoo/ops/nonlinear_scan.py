@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from memzoo.contract import check_reset, nearest
+from memzoo.ops.affine_scan import affine_scan
 from memzoo.ops.checks import check_impl, check_shapes
 from memzoo.ops.linear_scan import linear_scan
 from memzoo.ops.recur import recur
@@ -206,14 +207,7 @@ def _linear(J, x_BTX, cut_BT):
     """h_t = J_t h_{t-1} + x_t, from 0 at the start and at cuts."""
     if J.ndim == 3:
         return linear_scan(J, x_BTX, None, cut_BT, impl="associative")[0]
-
-    def combine(left, right):
-        (J, h, cut), (K, g, later_cut) = left, right  # `where`: a product that overflowed must not cross a cut
-        h = jnp.where(later_cut[..., None], 0, _times(K, h)) + g
-        return jnp.where(later_cut[..., None, None], 0, jnp.matmul(K, J, precision="highest")), h, cut | later_cut
-
-    J_BTXX = jnp.where(cut_BT[..., None, None], 0, J)
-    return lax.associative_scan(combine, (J_BTXX, x_BTX, cut_BT), axis=1)[1]
+    return affine_scan(J, x_BTX, None, cut_BT, impl="associative")[0]
 
 
 def _finite(x):
