@@ -18,7 +18,7 @@ LAYERS = (
     ("ops",),
     ("mixers", "zoo"),  # zoo finds mixers by name, when asked
     ("models",),
-    ("sample", "learners", "tasks", "train", "parallel", "checkpoint"),
+    ("sample", "learners", "tasks", "train", "parallel", "checkpoint", "__main__"),
     ("experiments",),
 )
 OF_ONE_PIECE = ("memzoo_kernels", "ops", "models")
