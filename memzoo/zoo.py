@@ -42,6 +42,8 @@ _CARDS = (
          "a complex diagonal linear recurrence, stable by exponential parameters", "LRU"),
     Card("mamba2", "ssm", "Transformers are SSMs", "2405.21060", "constant", _LINEAR,
          "state-space duality: one input-dependent decay per head", "Mamba2"),
+    Card("rg_lru", "ssm", "Griffin", "2402.19427", "constant", _LINEAR,
+         "a real diagonal recurrence with a recurrence gate and an input gate", "RGLRU"),
     Card("linear_attention", "linear attention", "Transformers are RNNs", "2006.16236", "constant", _LINEAR,
          "positive feature maps, a matrix memory and its normaliser", "LinearAttention"),
     Card("retnet", "linear attention", "Retentive Network", "2307.08621", "constant", _LINEAR,

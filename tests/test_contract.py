@@ -20,6 +20,7 @@ FIELDS = {
     "gru": {"hidden": 7},
     "lru": {"state_size": 5},
     "mamba2": {"head_dim": 8, "state_size": 5},
+    "rg_lru": {"hidden": 15, "heads": 3},
     "linear_attention": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "retnet": {"heads": 3, "key_dim": 6, "value_dim": 7},
     "gla": {"heads": 3, "key_dim": 5, "value_dim": 7},
