@@ -6,5 +6,6 @@ from memzoo.ops.linear_attention import linear_attention
 from memzoo.ops.linear_scan import linear_scan
 from memzoo.ops.nonlinear_scan import check_jacobian, newton_scan, nonlinear_scan
 from memzoo.ops.recur import recur, widen
+from memzoo.ops.selective_scan import selective_scan
 from memzoo.ops.short_conv import short_conv
 from memzoo.ops.unit import unit
