@@ -1,0 +1,41 @@
+"""A stream of 131,072 tokens in pieces of 4,096 equals one call, in every form of every architecture of constant state.
+
+Left out by default, for its time: `python -m pytest -m long` runs it.
+
+Dims: P pieces, C tokens of one.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import memzoo
+from tests.test_contract import D, all_finite, assert_close, make, setup
+
+T, C = 131_072, 4_096
+CONSTANT = [name for name in memzoo.names() if memzoo.card(name).state == "constant"]
+FORMS = [(name, impl) for name in CONSTANT for impl in memzoo.card(name).forms]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "impl"), FORMS)
+def test_a_long_stream_in_pieces_equals_one_call(name, impl):
+    params, _, state, _, _ = setup(name)
+    state = jax.tree.map(lambda leaf: leaf[:1], state)
+    x = jax.random.normal(jax.random.key(0), (1, T, D))
+    mixer = make(name, impl)
+
+    def piece(state, x_1CD):
+        y_1CD, state = mixer.apply(params, x_1CD, state)
+        return state, (y_1CD, state)
+
+    x_P1CD = jnp.moveaxis(x.reshape(1, T // C, C, D), 1, 0)
+    last, (y_P1CD, states) = jax.jit(lambda state: lax.scan(piece, state, x_P1CD))(state)
+    whole, last_of_whole = jax.jit(mixer.apply)(params, x, state)
+    assert all_finite((y_P1CD, states, whole))
+    assert_close(last, last_of_whole, 1e-4)
+    whole_P1CD = np.moveaxis(np.reshape(whole, (1, T // C, C, D)), 1, 0)
+    for got, want in zip(y_P1CD, whole_P1CD, strict=True):  # each: an error that grows must not hide among the first
+        assert_close(got, want, 1e-4)
