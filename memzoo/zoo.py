@@ -40,6 +40,8 @@ _CARDS = (
          ("scan", "newton"), "reset and update gates around one state", "GRU"),
     Card("lru", "ssm", "Resurrecting Recurrent Neural Networks for Long Sequences", "2303.06349", "constant", _LINEAR,
          "a complex diagonal linear recurrence, stable by exponential parameters", "LRU"),
+    Card("mamba", "ssm", "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752", "constant",
+         _LINEAR, "a decay per channel and state; step, input and output depend on the token", "Mamba"),
     Card("mamba2", "ssm", "Transformers are SSMs", "2405.21060", "constant", _LINEAR,
          "state-space duality: one input-dependent decay per head", "Mamba2"),
     Card("rg_lru", "ssm", "Griffin", "2402.19427", "constant", _LINEAR,

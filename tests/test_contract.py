@@ -19,6 +19,7 @@ FIELDS = {
     "lstm": {"hidden": 7},
     "gru": {"hidden": 7},
     "lru": {"state_size": 5},
+    "mamba": {"state_size": 5, "dt_rank": 6},
     "mamba2": {"head_dim": 8, "state_size": 5},
     "rg_lru": {"hidden": 15, "heads": 3},
     "linear_attention": {"heads": 3, "key_dim": 5, "value_dim": 7},
