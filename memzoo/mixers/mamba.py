@@ -3,12 +3,12 @@
     dt_t, B_t, C_t = softplus(W x_t + b), W_B x_t, W_C x_t
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t h_t + D x_t        per channel, N states each
 
-Source: Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), arXiv:2312.00752, algorithm 2
-and sec. 3.4; block, sizes and initialisation from the released code (mamba_ssm). initialisation="mimetic": Trockman,
-Harutyunyan, Kolter, Kumar, Bhojanapalli, "Mimetic Initialization Helps State Space Models Learn to Recall" (2024),
-arXiv:2410.11135: the layer starts as causal linear attention, y_t = sum_{s<=t} (C_t . B_s) x_s, which looks for tokens
-like the present one: A near 0, so that nothing is forgotten; dt = 1 for all tokens; W_C correlated with W_B, not equal
-to it; the convolution the identity.
+Source: Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), arXiv:2312.00752, sec. 3.2,
+algorithm 2, and sec. 3.4; block, sizes and initialisation from the released code (mamba_ssm).
+initialisation="mimetic": Trockman, Harutyunyan, Kolter, Kumar, Bhojanapalli, "Mimetic Initialization Helps State Space
+Models Learn to Recall" (2024), arXiv:2410.11135: the layer starts as causal linear attention, y_t = sum_{s<=t} (C_t .
+B_s) x_s, which looks for tokens like the present one. A is near 0, so that nothing is forgotten; dt = 1 for all tokens;
+W_C is correlated with W_B, not equal to it; the convolution is the identity.
 Differs: h and A are [N, E], the paper's transpose; the projections of dt, B and C are separate, and dt is float32. Of
 mimetic's numbers A = -exp(-8) and W_C = (W_B + a random matrix) / 2 are chosen here.
 

@@ -47,7 +47,7 @@ def test_is_the_layer_of_the_paper(impl, initialisation):
 
 
 def test_with_one_state_it_is_a_gated_rnn():
-    """N = 1, A = -1, B = C = 1: h_t = (1 - g_t) h_{t-1} + dt_t x_t with g_t = 1 - exp(-dt_t) = sigmoid(a_t), theorem 1."""
+    """Theorem 1. N = 1, A = -1, B = C = 1: h_t = (1 - g_t) h_{t-1} + dt_t x_t, g_t = 1 - exp(-dt_t) = sigmoid(a_t)."""
     rng = np.random.default_rng(0)
     a, x = rng.normal(size=(1, 50, 3)), rng.normal(size=(1, 50, 3))
     gate, h = 1 / (1 + np.exp(-a)), np.zeros(3)
