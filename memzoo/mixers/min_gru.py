@@ -1,0 +1,80 @@
+"""minGRU: a GRU whose gate and candidate do not see the state, so that it is linear in the state.
+
+    z_t = sigmoid(W_z x_t + b_z)        c_t = g(W_c x_t + b_c)        g(x) = x + 1/2 for x >= 0, else sigmoid(x)
+    h_t = (1 - z_t) h_{t-1} + z_t c_t   y_t = W_out h_t + b_out
+
+Source: Feng, Tung, Ahmed, Bengio, Hajimirsadeghi, "Were RNNs All We Needed?" (2024), arXiv:2410.01201, sec. 3.1; g and
+the log-space form, appendix B; biases and the projection of h as in the released code.
+Differs: h is computed as it stands, not as the exponential of a log-space scan: the recurrence is a weighted mean, so
+nothing can overflow, and without g it may change sign. A new sequence begins at 0, as in the released code by default.
+
+Dims: B batch, T time, D width, F hidden.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memzoo import contract, ops
+
+
+class State(NamedTuple):
+    h_BF: jax.Array
+
+
+def g(x):
+    """Continuous, increasing, and positive: so is h, whose logarithm the paper's parallel form takes."""
+    return jnp.where(x >= 0, x + 0.5, nn.sigmoid(x))
+
+
+def step(h_F, z_F, c_F, act):
+    """One token; z and c before their nonlinearities. This is the definition of every faster form."""
+    z_F = nn.sigmoid(z_F)
+    h_F = (1 - z_F) * h_F + z_F * act(c_F)
+    return h_F, h_F
+
+
+class MinGRU(nn.Module):
+    """x_BTD -> (y_BTD, State). The state is float32, or float64 when `dtype` is.
+
+    Raises ValueError, by name, for sizes below 1, and for inputs, state or resets that do not fit.
+    """
+
+    width: int
+    expand: int = 1  # hidden = expand * width
+    positive: bool = True  # or c = W_c x + b_c without g, the paper's vanilla form of appendix A
+    impl: str = "auto"  # 'scan', 'associative', 'chunk'
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def size(self) -> int:
+        """F"""
+        contract.positive(width=self.width, expand=self.expand)
+        return self.expand * self.width
+
+    def initial_state(self, batch: int) -> State:
+        return State(jnp.zeros((batch, self.size()), contract.state_dtype(self.dtype)))
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, state: State | None = None, reset_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, State]:
+        state = contract.begin(self, x_BTD, state, reset_BT)
+        F, wide = self.size(), contract.state_dtype(self.dtype)
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        z_BTF = nn.Dense(F, dtype=wide, param_dtype=self.param_dtype, name="gate")(x_BTD)
+        c_BTF = nn.Dense(F, name="candidate", **kinds)(x_BTD).astype(wide)
+        h_BTF, h_BF = min_gru(z_BTF, c_BTF, state.h_BF, reset_BT, self.positive, self.impl)
+        return nn.Dense(self.width, name="out", **kinds)(h_BTF), State(h_BF)
+
+
+def min_gru(z_BTF, c_BTF, h_BF, reset_BT, positive=True, impl="auto"):
+    """All T tokens. Returns (h_BTF, h_BF)."""
+    act = g if positive else (lambda c: c)
+    if impl == "scan":
+        return ops.recur(partial(step, act=act), h_BF, (z_BTF, c_BTF), reset_BT)
+    return ops.linear_scan(nn.sigmoid(-z_BTF), nn.sigmoid(z_BTF) * act(c_BTF), h_BF, reset_BT, impl=impl)
