@@ -76,13 +76,23 @@ def nats(model, params, batch_BU):
 
 def main(config: Config) -> list[dict[str, Any]]:
     """Trains, prints a sample, and returns the lines of metrics.jsonl."""
-    contract.positive(eval_every=config.eval_every, eval_windows=config.eval_windows, sample=config.sample)
+    contract.positive(sample=config.sample)
     check_settings(text.VOCAB, config.temperature, None, None, None)
     if not config.prompt:
         raise ValueError("prompt: expected at least one character, got ''")
+    model, state, rows = run(config)
+    prompt_1T = jnp.array([list(config.prompt.encode())], jnp.int32)
+    key = jax.random.wrap_key_data(state.key)
+    said = generate(model, state.params, prompt_1T, config.sample, key, config.temperature)
+    print(config.prompt + bytes(np.asarray(said.tokens_BS[0], np.uint8)).decode(errors="replace"))
+    return rows
+
+
+def run(config: Config) -> tuple[LanguageModel, train.TrainState, list[dict[str, Any]]]:
+    """Trains, or with `resume` goes on, to the last step. Returns the model, its state, the lines of metrics.jsonl."""
+    contract.positive(eval_every=config.eval_every, eval_windows=config.eval_windows)
     corpus = text.corpus(config.data, config.window)
-    record = asdict(config) | {"data": config.data and str(config.data), "data_bytes": sum(map(len, corpus))}
-    del record["out"], record["resume"]
+    record = settings(config, corpus)
     checkpoint.check(config.out, record, config.resume)
     spread = parallel.make(config.strategy, config.batch)
 
@@ -100,12 +110,14 @@ def main(config: Config) -> list[dict[str, Any]]:
         if config.resume:
             state = checkpoint.restore(checkpoints, state, batches)
         state, rows = fit(config, model, optimizer, spread, corpus, batches, state, checkpoints)
+    return model, state, rows
 
-    prompt_1T = jnp.array([list(config.prompt.encode())], jnp.int32)
-    key = jax.random.wrap_key_data(state.key)
-    said = generate(model, state.params, prompt_1T, config.sample, key, config.temperature)
-    print(config.prompt + bytes(np.asarray(said.tokens_BS[0], np.uint8)).decode(errors="replace"))
-    return rows
+
+def settings(config: Config, corpus: text.Corpus) -> dict[str, Any]:
+    """What a run and one that continues it have in common: config.json."""
+    record = asdict(config) | {"data": config.data and str(config.data), "data_bytes": sum(map(len, corpus))}
+    del record["out"], record["resume"]
+    return record
 
 
 def fit(config, model, optimizer, spread, corpus, batches, state, checkpoints):
