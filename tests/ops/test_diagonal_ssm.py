@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from memzoo import ops
 
@@ -106,6 +107,16 @@ def test_gradient_with_resets_keeps_no_copies():
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args, reset).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 40 * 4 * 4096 * 8, "x itself is 4 * 4096 * 8 bytes"
+
+
+def test_zero_order_hold_is_exact_near_0_too():
+    A = np.asarray([0, -1e-4, -0.5 + 3j, -1e4, 1e-3j])
+    at, held = jax.jit(ops.zero_order_hold)(jnp.asarray(A), 1e-2)
+    np.testing.assert_allclose(at, np.exp(1e-2 * A), rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(held[0], 1e-2, rtol=1e-6)
+    np.testing.assert_allclose(held[1:], (np.expm1(1e-2 * A) / np.where(A == 0, 1, A))[1:], rtol=1e-6)
+    derivative = jax.grad(lambda a: ops.zero_order_hold(lax.complex(a, 0.0), 1e-2)[1].real)
+    np.testing.assert_allclose([derivative(0.0), derivative(-1e-3)], [0.5e-4, 0.5e-4], rtol=1e-4)  # dt^2 / 2
 
 
 def test_bad_arguments_are_named():
