@@ -6,9 +6,9 @@
 Source: Wang, Cai, Wang, Zhu, Srivastava, Wang, Li, "Understanding and Mitigating Bottlenecks of State Space Models
 through the Lens of Recency and Over-smoothing" (2024), arXiv:2501.00658, sec. 6 and appendix E.5.1; the rest is Mamba,
 arXiv:2312.00752, and its released code.
-Differs: the paper's 0 is exp(-1000 dt), its code's exp(-100 dt), which is 0.9 at dt = 1e-3; here both are exact. A state
-with Abar = 0 is what its token writes, so it is added to y and not carried. h and A are transposed, and the projections
-of dt, B and C are separate, as in `mamba`.
+Differs: the paper's 0 is exp(-1000 dt), its code's exp(-100 dt), which is 0.9 at dt = 1e-3; here both are exact. A
+state with Abar = 0 is what its token writes, so it is added to y and not carried. h and A are transposed, and the
+projections of dt, B and C are separate, as in `mamba`.
 
 Dims: B batch, T time, D width, E = expand D channels, N learned states, M = ones + N states carried, Q = M + zeros,
       R rank of dt, W conv width, P = W - 1 past inputs.
