@@ -6,7 +6,7 @@ Source: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs: Fast Autor
 Attention" (2020), arXiv:2006.16236, eq. 16-20; phi(x) = elu(x) + 1, eq. 7.
 Differs: the denominator has a floor of 1e-18, where the released code adds 1e-6 to it.
 
-Dims: B batch, T time, D width, H heads, K key, V value, U = V + 1.
+Dims: B batch, T time, D width, H heads, K key, V value, E = 2 K + V.
 """
 
 from typing import Any, NamedTuple
@@ -25,9 +25,17 @@ class State(NamedTuple):
     z_BHK: jax.Array
 
 
+@jax.custom_jvp
 def phi(x):
     """elu(x) + 1, and positive where that would round to 0."""
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
+
+
+@phi.defjvp
+def phi_jvp(x, dx):
+    """phi' = min(phi, 1): so the gradient needs phi alone, which is kept anyway."""
+    y = phi(*x)
+    return y, jnp.minimum(y, 1) * dx[0]
 
 
 def step(state, q_K, k_K, v_V):
@@ -73,9 +81,8 @@ class LinearAttention(nn.Module):
         (H, K, V), D = self.sizes(), self.width
         kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        q_BTHK = nn.DenseGeneral((H, K), name="q", **kinds)(x_BTD)
-        k_BTHK = nn.DenseGeneral((H, K), name="k", **kinds)(x_BTD)
-        v_BTHV = nn.DenseGeneral((H, V), name="v", **kinds)(x_BTD)
+        qkv_BTHE = nn.DenseGeneral((H, 2 * K + V), name="qkv", **kinds)(x_BTD)
+        q_BTHK, k_BTHK, v_BTHV = jnp.split(qkv_BTHE, [K, 2 * K], axis=-1)
         y_BTHV, state = linear_attention(q_BTHK, k_BTHK, v_BTHV, state, reset_BT, self.impl)
         y_BTD = nn.DenseGeneral(D, axis=(-2, -1), name="out", **kinds)(y_BTHV)
         return y_BTD, state
@@ -87,10 +94,8 @@ def linear_attention(q_BTHK, k_BTHK, v_BTHV, state, reset_BT, impl="auto"):
     if impl == "scan":
         y_BTHV, state = ops.recur(jax.vmap(step), state, ops.widen(xs), reset_BT)
         return y_BTHV.astype(v_BTHV.dtype), state
-    # The normaliser is the memory of one more value, always 1. It grows with T, so it is not rounded to `dtype`.
-    v_BTHU = jnp.pad(v_BTHV.astype(state.S_BHKV.dtype), [(0, 0)] * 3 + [(0, 1)], constant_values=1)
-    S_BHKU = jnp.concatenate([state.S_BHKV, state.z_BHK[..., None]], axis=-1)
     q_BTHK, k_BTHK = (phi(x).astype(v_BTHV.dtype) for x in ops.widen((q_BTHK, k_BTHK)))
-    y_BTHU, S_BHKU = ops.linear_attention(q_BTHK, k_BTHK, v_BTHU, None, S_BHKU, reset_BT, impl=impl)
-    y_BTHV = y_BTHU[..., :-1] / jnp.maximum(y_BTHU[..., -1:], FLOOR)
-    return y_BTHV.astype(v_BTHV.dtype), State(S_BHKU[..., :-1], S_BHKU[..., -1])
+    y_BTHV, total_BTH, *state = ops.normalised_linear_attention(
+        q_BTHK, k_BTHK, v_BTHV, None, *state, reset_BT, impl=impl
+    )
+    return (y_BTHV / jnp.maximum(total_BTH, FLOOR)[..., None]).astype(v_BTHV.dtype), State(*state)

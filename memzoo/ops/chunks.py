@@ -9,6 +9,7 @@ Dims: B batch, T time, H heads, K key, N chunks, C chunk, R sets of rows,
       X anything after time and heads, Z all leading axes in one.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,79 @@ def join(x_NBHCX: jax.Array, T: int) -> jax.Array:
     """The inverse of split: [N, B, H, C, ...] to [B, T, H, ...]."""
     x = jnp.moveaxis(jnp.moveaxis(x_NBHCX, 3, 2), 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, -T:]
+
+
+def layout(B: int, T: int, H: int, K: int, V: int, C: int) -> tuple[int, int]:
+    """(tokens in a piece, pieces): a piece is as many chunks as are worth computing side by side.
+
+    On a CPU matmuls want a few dozen in a batch, and temporaries that stay in its caches; elsewhere, a full chip.
+    """
+    N = -(-T // C)
+    few, floats = (16, 2**18) if jax.default_backend() == "cpu" else (1024, 2**26)
+    together = max(1, min(few, floats // (K * V)) // (B * H))
+    together = 1 << (together.bit_length() - 1)  # a power of 2 divides the usual T, so that nothing is padded
+    pieces = -(-N // together)
+    return -(-N // pieces) * C, pieces
+
+
+def pad(x_BTX: jax.Array, length: int) -> jax.Array:
+    """Zeros in front, up to `length` tokens, where they neither write nor forget.
+
+    (Behind, they would put the last token's write at a distance of 0 from the end of its chunk: see `products`.)
+    """
+    return jnp.pad(x_BTX, [(0, 0), (length - x_BTX.shape[1], 0)] + [(0, 0)] * (x_BTX.ndim - 2))
+
+
+def fold(x_BTX: jax.Array, C: int) -> jax.Array:
+    """[B, M C, H, ...] to [B M, H, C, ...], or [B, M C] to [B M, C]: the M chunks of each row become rows."""
+    x = x_BTX.reshape(-1, C, *x_BTX.shape[2:])
+    return jnp.swapaxes(x, 1, 2) if x.ndim > 2 else x
+
+
+def unfold(x_BHCX: jax.Array, B: int) -> jax.Array:
+    """The inverse of fold: [B M, H, C, ...] to [B, M C, H, ...]."""
+    x = jnp.swapaxes(x_BHCX, 1, 2)
+    return x.reshape(B, -1, *x.shape[2:])
+
+
+def sweep(one: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, pieces: int, *, reverse: bool = False):
+    """Folds `carry, ys = one(carry, xs)` over pieces of time, in which axis 1 of xs and ys is cut: (carry, ys).
+
+    As lax.scan, but arrays stay batch first, and no copy of them with time in front is made.
+    """
+    if pieces == 1:
+        return one(carry, xs)
+
+    def cut(x, n):
+        return lax.dynamic_slice_in_dim(x, n * (x.shape[1] // pieces), x.shape[1] // pieces, axis=1)
+
+    def body(i, carry_and_ys):
+        carry, ys = carry_and_ys
+        n = pieces - 1 - i if reverse else i
+        carry, new = one(carry, jax.tree.map(lambda x: cut(x, n), xs))
+        put = lambda y, x: lax.dynamic_update_slice_in_dim(y, x, n * x.shape[1], axis=1)
+        return carry, jax.tree.map(put, ys, new)
+
+    _, shapes = jax.eval_shape(one, carry, jax.tree.map(lambda x: cut(x, 0), xs))
+    ys = jax.tree.map(lambda y: jnp.zeros((y.shape[0], y.shape[1] * pieces, *y.shape[2:]), y.dtype), shapes)
+    return lax.fori_loop(0, pieces, body, (carry, ys))
+
+
+def states(d: "Decay", write: Any, state: Any, *, reverse: bool = False) -> tuple[Any, Any]:
+    """state <- whole state + write from chunk to chunk, for chunks folded into rows: (before each, after the last).
+
+    state: a pytree of arrays [B, H, K, ...]; write: one of [B M, H, K, ...].
+    """
+    B = jax.tree.leaves(state)[0].shape[0]
+    by_chunk = lambda x: jnp.moveaxis(x.reshape(B, -1, *x.shape[1:]), 1, 0)
+
+    def chunk(state, x):
+        whole, unbroken, write = x
+        return jax.tree.map(lambda s, w: jnp.where(unbroken, whole * s, 0) + w, state, write), state
+
+    xs = jax.tree.map(by_chunk, (d.whole(), d.unbroken(), write))
+    state, before = lax.scan(chunk, state, xs, reverse=reverse)
+    return jax.tree.map(lambda s: jnp.moveaxis(s, 0, 1).reshape(-1, *s.shape[2:]), before), state
 
 
 class Decay(NamedTuple):

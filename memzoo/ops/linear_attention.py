@@ -49,30 +49,67 @@ def linear_attention(
     for k and v recompute them.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """
+    y_BTHV, _, S_BHKV, _ = _check(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, None, reset_BT, impl, chunk)
+    return y_BTHV, S_BHKV
+
+
+def normalised_linear_attention(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    log_decay: jax.Array | None = None,
+    S_BHKV: jax.Array | None = None,
+    z_BHK: jax.Array | None = None,
+    reset_BT: jax.Array | None = None,
+    *,
+    impl: str = "auto",
+    chunk: int = 64,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Linear attention and the sum of its weights: (y_BTHV, total_BTH, S_BHKV, z_BHK), total in float32 or wider.
+
+        z_t = exp(log_decay_t) z_{t-1} + k_t        total_t = z_t' q_t
+
+    which is what y would be if every value were 1; what to divide by, and where its floor is, is the caller's.
+    Everything else is as in linear_attention.
+    """
+    if z_BHK is None:
+        z_BHK = jnp.zeros((q_BTHK.shape[0], *q_BTHK.shape[2:]), jnp.promote_types(q_BTHK.dtype, jnp.float32))
+    return _check(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, impl, chunk)
+
+
+def _check(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, impl, chunk):
     positive(chunk=chunk)
     check_impl("linear_attention", impl, FORMS)
-    check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, S_BHKV=S_BHKV, reset_BT=reset_BT)
+    check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, S_BHKV=S_BHKV, z_BHK=z_BHK, reset_BT=reset_BT)
     log_decay = check_log_decay(q_BTHK, log_decay)
-    return _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT, impl=impl, chunk=chunk)
+    return _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, impl=impl, chunk=chunk)
 
 
 @partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
-def _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT, impl, chunk):
+def _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, impl, chunk):
     common, wide = dtypes(q_BTHK, k_BTHK, v_BTHV, S_BHKV)
     B, T, H, K = q_BTHK.shape
     S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else S_BHKV.astype(wide)
+    z_BHK1 = None if z_BHK is None else z_BHK.astype(wide)[..., None]
     log_decay = log_decay.astype(wide)
     if impl == "chunk" or (impl == "auto" and T > 1):
         reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
-        S_BHKV = jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV)
+        state = jax.tree.map(lambda s: jnp.where(reset_BT[:, :1, None, None], 0, s), (S_BHKV, z_BHK1))
         q, k, v = (x.astype(common) for x in (q_BTHK, k_BTHK, v_BTHV))
         log_BTHK = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        y_BTHV, S_BHKV = _chunked(q, k, v, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
+        (y_BTHV, total_BTH), (S_BHKV, z_BHK1) = _chunked(q, k, v, log_BTHK, state, reset_BT, min(chunk, T))
     else:
         q, k, v = (x.astype(wide) for x in (q_BTHK, k_BTHK, v_BTHV))
         form = _associative if impl == "associative" else scan
-        y_BTHV, S_BHKV = form(q, k, v, log_decay, S_BHKV, reset_BT)
-    return y_BTHV.astype(v_BTHV.dtype), S_BHKV
+        if z_BHK1 is None:
+            y_BTHV, S_BHKV = form(q, k, v, log_decay, S_BHKV, reset_BT)
+            total_BTH = None
+        else:  # the sum of the weights is the memory of one more value, always 1
+            v_BTHU = jnp.pad(v, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
+            S_BHKU = jnp.concatenate([S_BHKV, z_BHK1], axis=-1)
+            y_BTHU, S_BHKU = form(q, k, v_BTHU, log_decay, S_BHKU, reset_BT)
+            y_BTHV, total_BTH, S_BHKV, z_BHK1 = y_BTHU[..., :-1], y_BTHU[..., -1], S_BHKU[..., :-1], S_BHKU[..., -1:]
+    return y_BTHV.astype(v_BTHV.dtype), total_BTH, S_BHKV, None if z_BHK1 is None else z_BHK1[..., 0]
 
 
 def scan(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
@@ -97,35 +134,48 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _chunked(q_BTHK, k_BTHK, v_BTHV, log_BTHK, S_BHKV, reset_BT, C):
-    return _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, log_BTHK, S_BHKV, reset_BT, C)[0]
+def _chunked(q_BTHK, k_BTHK, v_BTHV, log_BTHK, state, reset_BT, C):
+    """state: (S_BHKV, z_BHK1), or (S_BHKV, None) where nobody asks for the sum of the weights.
+
+    Returns ((y_BTHV, total_BTH or None), state).
+    """
+    return _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, log_BTHK, state, reset_BT, C)[0]
 
 
-def _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, log_BTHK, S_BHKV, reset_BT, C):
-    def one_chunk(S_and_before, x):
-        S_BHKV, _ = S_and_before
-        q, k, v, d = x
-        return (_write(k, v, d, S_BHKV), S_BHKV), _read(q, k, v, d, S_BHKV)
-
+def _chunked_fwd(q_BTHK, k_BTHK, v_BTHV, log_BTHK, state, reset_BT, C):
     inputs = q_BTHK, k_BTHK, v_BTHV, log_BTHK, reset_BT
-    *qkv, log, reset = (chunks.split(x, C) for x in inputs)
-    (last_BHKV, before_BHKV), y_NBHCV = lax.scan(one_chunk, (S_BHKV, S_BHKV), (*qkv, chunks.decay(log, reset)))
-    return (chunks.join(y_NBHCV, q_BTHK.shape[1]), last_BHKV), (*inputs, S_BHKV, before_BHKV)
+    B, T, H, K = q_BTHK.shape
+    L, pieces = chunks.layout(B, T, H, K, v_BTHV.shape[-1], C)
+    summed = state[1] is not None
+
+    def piece(state_and_before, x):
+        state, _ = state_and_before
+        q, k, v, log, reset = (chunks.fold(part, C) for part in x)
+        d = chunks.decay(log, reset)
+        before, state = chunks.states(d, _written(k, v, d, summed), state)
+        q_in = chunks.scaled(q, d.from_start())
+        y, total = _within(q, k, v, d, summed)
+        y = y + chunks.matmul("bhck,bhkv->bhcv", q_in, before[0].astype(q.dtype))
+        total = total + jnp.einsum("bhck,bhk->bhc", q_in, before[1][..., 0], precision="highest") if summed else None
+        last = jax.tree.map(lambda s: s.reshape(B, -1, *s.shape[1:])[:, -1], before)
+        return (state, last), jax.tree.map(partial(chunks.unfold, B=B), (y, total))
+
+    xs = tuple(chunks.pad(x, L * pieces) for x in inputs)
+    (last, before), read = chunks.sweep(piece, (state, state), xs, pieces)
+    return (jax.tree.map(lambda y: y[:, -T:], read), last), (*inputs, state, before)
 
 
-def _read(q_BHCK, k_BHCK, v_BHCV, d, S_BHKV):
-    P_BHCC = chunks.products(q_BHCK[None], k_BHCK, d)[0].astype(v_BHCV.dtype)
-    q_in = chunks.scaled(q_BHCK, d.from_start())
-    y_BHCV = chunks.matmul("bhij,bhjv->bhiv", P_BHCC, v_BHCV)
-    return y_BHCV + chunks.matmul("bhik,bhkv->bhiv", q_in, S_BHKV.astype(q_in.dtype))
+def _within(q_BHCK, k_BHCK, v_BHCV, d, summed):
+    """What tokens read of the ones before them in their chunk, and with which sum of weights."""
+    P_BHCC = chunks.products(q_BHCK[None], k_BHCK, d)[0]
+    y_BHCV = chunks.matmul("bhij,bhjv->bhiv", P_BHCC.astype(v_BHCV.dtype), v_BHCV)
+    return y_BHCV, jnp.sum(P_BHCC, -1) if summed else None
 
 
-def _written(k_BHCK, v_BHCV, d):
-    return chunks.matmul("bhck,bhcv->bhkv", chunks.scaled(k_BHCK, d.to_end()), v_BHCV)
-
-
-def _write(k_BHCK, v_BHCV, d, S_BHKV):
-    return jnp.where(d.unbroken(), d.whole() * S_BHKV, 0) + _written(k_BHCK, v_BHCV, d)
+def _written(k_BHCK, v_BHCV, d, summed):
+    k_out = chunks.scaled(k_BHCK, d.to_end())
+    z_BHK1 = jnp.sum(k_out.astype(d.fine_BHCK.dtype), -2)[..., None] if summed else None
+    return chunks.matmul("bhck,bhcv->bhkv", k_out, v_BHCV), z_BHK1
 
 
 def _chunked_bwd(C, saved, cotangents):
@@ -137,42 +187,67 @@ def _chunked_bwd(C, saved, cotangents):
     follows from the chunk after it: what n + 1 keeps and reads of S_n+1 is what n has kept and written. The last
     chunk's is taken from the state before it, the one state that is saved.
     """
-    *inputs, S_BHKV, before_BHKV = saved
-    dy_BTHV, dS_BHKV = cotangents
-    q, k, v, log, reset, dy = (chunks.split(x, C) for x in (*inputs, dy_BTHV))
-    d, pull_decay = jax.vjp(lambda log: chunks.decay(log, reset), log)
+    q, k, v, log, reset, state, before = saved
+    (dy_BTHV, dtotal_BTH), dstate = cotangents
+    B, T, H, K = q.shape
+    summed = state[1] is not None
+    L, pieces = chunks.layout(B, T, H, K, v.shape[-1], C)
+    xs = jax.tree.map(lambda x: chunks.pad(x, L * pieces), (q, k, v, log, reset, dy_BTHV, dtotal_BTH))
+    fold, rows = partial(chunks.fold, C=C), partial(chunks.unfold, B=B)
 
-    def forwards(S_BHKV, x):
-        q, k, v, dy, d = x
-        fine = d.fine_BHCK
-        _, pull = jax.vjp(lambda q, k, v, fine: _read(q, k, v, d._replace(fine_BHCK=fine), S_BHKV), q, k, v, fine)
-        q_in = chunks.scaled(q, d.from_start())
-        read_BHK = jnp.sum(S_BHKV * chunks.matmul("bhck,bhcv->bhkv", q_in, dy), -1)
-        return _write(k, v, d, S_BHKV), (*pull(dy), read_BHK)
+    def forwards(state, x):
+        q, k, v, log, reset, dy, dtotal = jax.tree.map(fold, x)
+        d = chunks.decay(log, reset)
+        (S, z), state = chunks.states(d, _written(k, v, d, summed), state)
+        fine = lambda f: lambda *args: f(*args[:-1], d._replace(fine_BHCK=args[-1]))
+        _, pull = jax.vjp(fine(lambda *args: _within(*args, summed)), q, k, v, d.fine_BHCK)
+        dq, dk, dv, dfine = pull((dy, dtotal))
+        q_in, pull_in = jax.vjp(fine(lambda q, d: chunks.scaled(q, d.from_start())), q, d.fine_BHCK)
+        dq_in = chunks.matmul("bhcv,bhkv->bhck", dy, S.astype(dy.dtype))
+        dq_in = dq_in + dtotal[..., None] * z[..., None, :, 0] if summed else dq_in
+        dq_out, dfine_out = pull_in(dq_in.astype(q.dtype))
+        read_BMHK = jnp.sum(q_in * dq_in, -2).reshape(B, -1, *dq.shape[1::2])
+        return state, (*map(rows, (dq + dq_out, dk, dv, dfine + dfine_out)), read_BMHK)
 
-    _, (dq, *within) = lax.scan(forwards, S_BHKV, (q, k, v, dy, d))
+    _, (dq, *within) = chunks.sweep(forwards, state, xs, pieces)
 
     def backwards(carry, x):
-        dS_BHKV, kept_and_written_BHK = carry
-        (q, k, v, dy, d), (dk, dv, dfine, read_BHK), is_last = x
-        fine = d.fine_BHCK
-        written_BHKV, pull = jax.vjp(lambda k, v, fine: _written(k, v, d._replace(fine_BHCK=fine)), k, v, fine)
-        dk_out, dv_out, dfine_out = pull(dS_BHKV)
-        kept_BHK = kept_and_written_BHK - jnp.where(is_last, 0, jnp.sum(written_BHKV * dS_BHKV, -1))
-        kept_BHK = jnp.where(d.unbroken()[..., 0], kept_BHK, 0)
-        over_chunk = jnp.sum(kept_BHK, -1, keepdims=True) if fine.shape[-1] == 1 else kept_BHK
-        dfine = (dfine + dfine_out).at[..., -1, :].add(over_chunk)  # the sum at the last token is the whole chunk's
+        dstate, kept_and_written_BHK = carry
+        *x, read_BMHK, last_BM = x
+        q, k, v, log, reset, dy, dtotal, dk, dv, dfine = jax.tree.map(fold, x)
+        d, pull_decay = jax.vjp(lambda log: chunks.decay(log, reset), log)
         q_in = chunks.scaled(q, d.from_start())
-        dS_BHKV = jnp.where(d.unbroken(), d.whole() * dS_BHKV, 0) + chunks.matmul("bhck,bhcv->bhkv", q_in, dy)
-        return (dS_BHKV, kept_BHK + read_BHK), (dk + dk_out, dv + dv_out, dfine)
+        dz = jnp.sum(q_in * dtotal[..., None], -2)[..., None] if summed else None
+        (dS, dz), dstate = chunks.states(d, (chunks.matmul("bhck,bhcv->bhkv", q_in, dy), dz), dstate, reverse=True)
+        k_out, pull_out = jax.vjp(lambda k, fine: chunks.scaled(k, d._replace(fine_BHCK=fine).to_end()), k, d.fine_BHCK)
+        dv_out = chunks.matmul("bhck,bhkv->bhcv", k_out, dS.astype(k.dtype)).astype(v.dtype)
+        dk_out = chunks.matmul("bhcv,bhkv->bhck", v, dS.astype(v.dtype))
+        dk_out = dk_out + dz[..., None, :, 0] if summed else dk_out
+        written_BMHK = jnp.sum(k_out * dk_out, -2).reshape(read_BMHK.shape)
+        dk_out, dfine_out = pull_out(dk_out.astype(k.dtype))
 
-    N = len(reset)
-    last = jax.tree.map(lambda x: x[-1], d)
-    carry = dS_BHKV, jnp.sum(last.whole() * before_BHKV * dS_BHKV, -1)
-    xs = (q, k, v, dy, d), within, jnp.arange(N) == N - 1
-    (dS_BHKV, _), (dk, dv, dfine) = lax.scan(backwards, carry, xs, reverse=True)
-    (dlog,) = pull_decay(chunks.gradient_of(d, dfine))
-    return *(chunks.join(x, dy_BTHV.shape[1]) for x in (dq, dk, dv, dlog)), dS_BHKV, None
+        def chunk(kept_and_written_BHK, x):
+            written_BHK, read_BHK, unbroken, last_B = x
+            kept_BHK = kept_and_written_BHK - jnp.where(last_B[:, None, None], 0, written_BHK)
+            kept_BHK = jnp.where(unbroken, kept_BHK, 0)
+            return kept_BHK + read_BHK, kept_BHK
+
+        unbroken_BM11 = d.unbroken().reshape(B, -1, 1, 1)
+        by_chunk = tuple(jnp.swapaxes(x, 0, 1) for x in (written_BMHK, read_BMHK, unbroken_BM11, last_BM))
+        kept_and_written_BHK, kept_MBHK = lax.scan(chunk, kept_and_written_BHK, by_chunk, reverse=True)
+        kept = jnp.swapaxes(kept_MBHK, 0, 1).reshape(-1, *kept_MBHK.shape[2:])
+        over_chunk = jnp.sum(kept, -1, keepdims=True) if dfine.shape[-1] == 1 else kept
+        dfine = (dfine + dfine_out).at[..., -1, :].add(over_chunk)  # the sum at the last token is the whole chunk's
+        (dlog,) = pull_decay(chunks.gradient_of(d, dfine))
+        return (dstate, kept_and_written_BHK), tuple(map(rows, (dk + dk_out, dv + dv_out, dlog)))
+
+    N = L * pieces // C
+    whole = chunks.decay(fold(xs[3][:, -C:]), fold(reset[:, -C:])).whole()
+    kept = jax.tree.map(lambda s, ds: jnp.sum(whole * s * ds, -1), before, dstate)
+    carry = dstate, sum(jax.tree.leaves(kept))
+    xs = *xs, *within, jnp.broadcast_to(jnp.arange(N) == N - 1, (B, N))
+    (dstate, _), (dk, dv, dlog) = chunks.sweep(backwards, carry, xs, pieces, reverse=True)
+    return *(x[:, -T:] for x in (dq, dk, dv, dlog)), dstate, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
