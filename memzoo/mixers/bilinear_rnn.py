@@ -1,0 +1,127 @@
+"""Bilinear RNN: the token chooses a linear map of the state, and nothing is ever added to it.
+
+    h_t = A_t h_{t-1}        (A_t)_ij = sum_k W_ijk x_k        y_t = W_out h_t / |h_t|
+
+    kind         A                                                      what it can track
+    "full"       any W                                                  any finite-state machine
+    "cp"         U diag(W x) V', W of CP rank R                         as R grows, any
+    "block"      block-diagonal                                         a machine with as many states as a block has
+    "rotation"   2 x 2 blocks [[a, -b], [b, a]] over sqrt(a^2 + b^2)    sums modulo m: they commute
+    "diagonal"   real, of either sign                                   parity
+
+Source: Ebrahimi, Memisevic, "Revisiting Bi-Linear State Transitions in Recurrent Neural Networks" (2025),
+arXiv:2505.21749, sec. 3.
+Differs: h has length 1 at every token. The paper divides by its length at inference alone, which changes no direction,
+as nothing is added; here training computes the same function as inference, and no product overflows. A sequence begins
+with the first unit vector of each block: for a W that may be anything, another choice is a change of basis.
+
+Dims: B batch, T time, D width, F hidden, N blocks, K block size, F = N K, R rank.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memzoo import contract, ops
+
+KINDS = ("full", "cp", "block", "rotation", "diagonal")
+
+
+class State(NamedTuple):
+    h_BNK: jax.Array
+
+
+def step(h_NK, x_D, begins, transition, start_NK):
+    """One token, as it stands. This is the definition; every faster form is tested against it."""
+    h_NK = jnp.where(begins, start_NK, h_NK)
+    h_NK = ops.direction(jnp.einsum("nij,nj->ni", transition(x_D), h_NK))
+    return h_NK, h_NK
+
+
+class BilinearRNN(nn.Module):
+    """x_BTD -> (y_BTD, State). The state is float32, or float64 when `dtype` is.
+
+    Raises ValueError, by name, for an unknown kind, for blocks that do not fill the state, for a block size or rank
+    that the kind does not have, and for inputs, state or resets that do not fit.
+    """
+
+    width: int
+    kind: str = "block"  # the paper's first is "full", whose W has F^2 D entries, and A F^2 per token
+    hidden: int | None = None  # F; width
+    block_size: int | None = None  # K of kind "block"; 8, or the largest divisor of 8 that also divides hidden
+    rank: int | None = None  # R of kind "cp"; hidden
+    impl: str = "auto"  # 'scan', 'associative', 'chunk'
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def sizes(self) -> tuple[int, int, int]:
+        """(N, K, R)"""
+        F = self.width if self.hidden is None else self.hidden
+        contract.positive(width=self.width, hidden=F)
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: unknown kind {self.kind!r}; {contract.nearest(str(self.kind), KINDS)}")
+        for name, value, kind in (("block_size", self.block_size, "block"), ("rank", self.rank, "cp")):
+            if value is not None and self.kind != kind:
+                raise ValueError(f"{name}: expected None for kind {self.kind!r}, got {value}")
+        block = math.gcd(8, F) if self.block_size is None else self.block_size
+        K = {"block": block, "rotation": 2, "diagonal": 1}.get(self.kind, F)
+        R = F if self.rank is None else self.rank
+        contract.positive(rank=R)
+        return contract.divisible("hidden", F, "block_size", K), K, R
+
+    def start(self) -> jax.Array:
+        """start_NK"""
+        N, K, _ = self.sizes()
+        return jnp.zeros((N, K), contract.state_dtype(self.dtype)).at[:, 0].set(N**-0.5)
+
+    def initial_state(self, batch: int) -> State:
+        return State(jnp.repeat(self.start()[None], batch, axis=0))
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, state: State | None = None, reset_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, State]:
+        state = contract.begin(self, x_BTD, state, reset_BT)
+        (N, K, R), D, wide = self.sizes(), self.width, contract.state_dtype(self.dtype)
+
+        def param(name, *shape, variance):
+            return self.param(name, nn.initializers.normal(variance**-0.5), shape, self.param_dtype).astype(wide)
+
+        # |A h| is |h| on average at the start, for x of unit variance.
+        if self.kind == "cp":
+            weights = param("W", D, R, variance=D), param("U", K, R, variance=R), param("V", K, R, variance=K)
+        elif self.kind == "rotation":
+            weights = (param("W", D, N, 2, variance=D),)
+        else:
+            weights = (param("W", D, N, K, K, variance=D * K),)
+
+        h_BTNK, h_BNK = bilinear(x_BTD, self.kind, weights, state.h_BNK, self.start(), reset_BT, self.impl)
+        h_BTF = (h_BTNK * (N * K) ** 0.5).reshape(*x_BTD.shape[:2], N * K)
+        y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="out")(h_BTF)
+        return y_BTD, State(h_BNK)
+
+
+def bilinear(x_BTD, kind, weights, h_BNK, start_NK, reset_BT, impl="auto"):
+    """All T tokens. Returns (h_BTNK, h_BNK)."""
+    x_BTD = x_BTD.astype(start_NK.dtype)
+    if impl == "scan":
+        begins_BT = jnp.zeros(x_BTD.shape[:2], bool) if reset_BT is None else reset_BT
+        one = partial(step, transition=lambda x_D: transitions(x_D, kind, weights), start_NK=start_NK)
+        return ops.recur(one, h_BNK, (x_BTD, begins_BT))
+    return ops.direction_scan(transitions(x_BTD, kind, weights), start_NK, h_BNK, reset_BT, impl=impl)
+
+
+def transitions(x, kind, weights):
+    """A of each token, with the leading axes of x and blocks [N, K, K]."""
+    dot = partial(jnp.einsum, precision="highest")
+    if kind == "cp":
+        W_DR, U_KR, V_KR = weights
+        return dot("...d,dr,ir,jr->...ij", x, W_DR, U_KR, V_KR)[..., None, :, :]
+    if kind == "rotation":
+        a, b = jnp.moveaxis(ops.direction(dot("...d,dnk->...nk", x, weights[0])[..., None])[..., 0], -1, 0)
+        return jnp.stack([jnp.stack([a, -b], -1), jnp.stack([b, a], -1)], -2)
+    return dot("...d,dnij->...nij", x, weights[0])
