@@ -302,3 +302,31 @@ def test_a_call_outside_of_jit_compiles_once(name):
     compiled = forms._cache_size()
     OPS[name](**arrays, chunk=CHUNK)
     assert compiled == forms._cache_size() > 0
+
+
+@pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
+@pytest.mark.parametrize("impl", FORMS)
+def test_the_sum_of_the_weights_is_the_memory_of_ones(impl, per_key):
+    """Outputs, states and every gradient of normalised_linear_attention are those of one more value, always 1."""
+    arrays = {key: jnp.asarray(a, jnp.float32) for key, a in make("correlated", "mixed", per_key).items()}
+    q, k, v, log_decay, S = (arrays[key] for key in ("q", "k", "v", "log_decay", "S"))
+    rng = np.random.default_rng(8)
+    z = jnp.asarray(rng.standard_normal((B, H, K)), jnp.float32)
+    w_y, w_S = (rng.standard_normal(shape) for shape in ((B, T, H, V + 1), (B, H, K, V + 1)))
+    reset = some_resets()
+
+    def beside(q, k, v, log_decay, S, z):
+        y, total, S, z = ops.normalised_linear_attention(q, k, v, log_decay, S, z, reset, impl=impl, **FORMS[impl])
+        return jnp.concatenate([y, total[..., None]], -1), jnp.concatenate([S, z[..., None]], -1)
+
+    def as_a_value(q, k, v, log_decay, S, z):
+        v, S = jnp.pad(v, [(0, 0)] * 3 + [(0, 1)], constant_values=1), jnp.concatenate([S, z[..., None]], -1)
+        return ops.linear_attention(q, k, v, log_decay, S, reset, impl="scan")
+
+    def with_gradients(f):
+        loss = lambda *args: jnp.sum(f(*args)[0] * w_y) + jnp.sum(f(*args)[1] * w_S)
+        return jax.jit(lambda *args: (f(*args), jax.grad(loss, argnums=range(6))(*args)))
+
+    args = q, k, v, log_decay, S, z
+    for got, want in zip(*(jax.tree.leaves(with_gradients(f)(*args)) for f in (beside, as_a_value)), strict=True):
+        assert relative(got, want) < 1e-5
