@@ -92,6 +92,7 @@ class BilinearRNN(nn.Module):
             return self.param(name, nn.initializers.normal(variance**-0.5), shape, self.param_dtype).astype(wide)
 
         # |A h| is |h| on average at the start, for x of unit variance.
+        weights: tuple[jax.Array, ...]
         if self.kind == "cp":
             weights = param("W", D, R, variance=D), param("U", K, R, variance=R), param("V", K, R, variance=K)
         elif self.kind == "rotation":
