@@ -10,8 +10,8 @@ and, unlike a dt that depends on the input, leave the model a convolution of v.
 Source: Qi, Gao, Zhang, Li, Liu, Wu, Zhou, "SMR: State Memory Replay for Long Sequence Modeling" (2024),
 arXiv:2405.17534: an input times a convolution of the inputs, plugged in before an SSM, which here is S4D-Lin of Gu,
 Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space Models" (2022), arXiv:2206.11893.
-Differs: no code was released, so details are ours: one filter per channel, of width 4, and a doubled sigmoid, so that
-memories of 0, which they start with, leave the SSM as it is, and no input is more than doubled.
+Differs: details are ours: one filter per channel, of width 4, and a doubled sigmoid, so that memories of 0, which they
+start with, leave the SSM as it is, and no input is more than doubled.
 
 Dims: B batch, T time, D width, N state size, complex, W conv width, P = W - 1 past inputs, E = 2 N, real parts before
       imaginary ones.

@@ -104,8 +104,7 @@ def _chunked(x_BTD, lambda_DN, b_DN, c_DN, h_BDN, reset_BT, C):
     segment_BMC = jnp.cumsum(reset_BMC, axis=2, dtype=jnp.int32)
 
     if reset_BT is None:
-        lag_CC = jnp.arange(C)[:, None] - jnp.arange(C)
-        y_BMCD = matmul("ijd,bmjd->bmid", jnp.where(lag_CC[..., None] >= 0, tap_CD[lag_CC], 0), x_BMCD)
+        y_BMCD = matmul("dij,bmjd->bmid", _toeplitz(tap_CD.T), x_BMCD)
     else:
         y_BMCD = _within_segments(tap_CD, x_BMCD, segment_BMC)
 
@@ -114,7 +113,7 @@ def _chunked(x_BTD, lambda_DN, b_DN, c_DN, h_BDN, reset_BT, C):
     u_BMDN = _complex(partial(matmul, "jdn,bmjd->bmdn"), b_DN * now_CDN[::-1], seen_BMCD)
     a_BMX = jnp.broadcast_to(later_CDN[-1].reshape(D * N), (B, M, D * N))
     cut_BM = segment_BMC[..., -1] > 0
-    h_BMX, h_BX = linear_scan(a_BMX, u_BMDN.reshape(B, M, D * N), h_BDN.reshape(B, D * N), cut_BM)
+    h_BMX, h_BX = linear_scan(a_BMX, u_BMDN.reshape(B, M, D * N), h_BDN.reshape(B, D * N), cut_BM, impl="scan")
     before_BMDN = jnp.concatenate([h_BDN[:, None], h_BMX.reshape(B, M, D, N)[:, :-1]], axis=1)
     before_BMDN = jnp.where(reset_BMC[..., :1, None], 0, before_BMDN)
 
@@ -123,6 +122,14 @@ def _chunked(x_BTD, lambda_DN, b_DN, c_DN, h_BDN, reset_BT, C):
     real, imaginary = (matmul("idn,bmdn->bmid", *part) for part in parts)
     y_BMCD = y_BMCD + jnp.where((segment_BMC == 0)[..., None], real - imaginary, 0)
     return y_BMCD.reshape(B, T, D), h_BX.reshape(B, D, N)
+
+
+def _toeplitz(tap_DC):
+    """[D, C, C] with tap i - j at (i, j), 0 above the diagonal. Each row is the one before it, turned by one: taps in
+    reverse, repeated at a period one longer than the row, and no gather, whose gradient would be slow."""
+    D, C = tap_DC.shape
+    turned = jnp.concatenate([tap_DC[:, :1], jnp.zeros((D, C), tap_DC.dtype), tap_DC[:, :0:-1]], axis=1)
+    return jnp.tile(turned, C)[:, : C * (2 * C - 1)].reshape(D, C, 2 * C - 1)[:, :, :C]
 
 
 def _within_segments(tap_CD, x_BMCD, segment_BMC):
