@@ -66,7 +66,8 @@ class RGLRU(nn.Module):
         F = self.width if self.hidden is None else self.hidden
         contract.positive(width=self.width, hidden=F, conv_width=self.conv_width)
         H = math.gcd(16, F) if self.heads is None else self.heads
-        return F, H, contract.divisible("hidden", F, "heads", H), self.conv_width - 1
+        given = "width" if self.hidden is None else "hidden"
+        return F, H, contract.divisible(given, F, "heads", H), self.conv_width - 1
 
     def initial_state(self, batch: int) -> State:
         F, _, _, P = self.sizes()

@@ -106,7 +106,7 @@ def test_gradients_where_the_decay_rounds_to_1(impl):
 
 def test_default_heads_divide_and_others_are_refused():
     assert [memzoo.make("rg_lru", width=width).sizes()[1] for width in (256, 12, 5)] == [16, 4, 1]
-    with pytest.raises(ValueError, match="hidden: expected a positive multiple of heads = 5, got 12"):
+    with pytest.raises(ValueError, match="width: expected a positive multiple of heads = 5, got 12"):
         memzoo.make("rg_lru", width=12, heads=5)
     with pytest.raises(ValueError, match="conv_width"):
         memzoo.make("rg_lru", width=12, conv_width=0)
