@@ -15,6 +15,7 @@ Dims: B batch, T time, H channels, N state size, C chunk, L length of a kernel, 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from jax import lax
 
 from memzoo.contract import positive
 from memzoo.ops.checks import check_impl, check_shapes
-from memzoo.ops.chunks import matmul
 from memzoo.ops.recur import recur
 
 FORMS = ("scan", "associative", "conv")
@@ -59,7 +59,7 @@ def time_invariant(
     positive(chunk=chunk)
     check_impl("time_invariant", impl, FORMS)
     N = jnp.shape(B_HN)[-1]
-    system = {"A_HNN" if jnp.ndim(A) == 3 else "A_HN": A}
+    system: dict[str, Any] = {"A_HNN" if jnp.ndim(A) == 3 else "A_HN": A}
     check_shapes(u_BTH=u_BTH, B_HN=B_HN, **system, C_HN=C_HN, h_BHN=h_BHN, reset_BT=reset_BT, kernel_HL=kernel_HL)
     B, T, H = u_BTH.shape
     if kernel_HL is not None and kernel_HL.shape[1] < (least := kernel_length(T, reset_BT, chunk)):
@@ -167,34 +167,46 @@ def _ends(u_BTH, A, B_HN, C_HN, h_BHN, C):
 def _chunked(u_BTH, A, B_HN, C_HN, h_BHN, reset_BT, kernel_HC, C):
     """With resets: tokens see each other, or the incoming state, inside of one segment of a chunk only."""
     B, T, H = u_BTH.shape
-    M, R = divmod(T, C)
     powers = _squares(A, min(T, C) + 1)
     read_CHN, write_CHN = _maps(powers, B_HN, C_HN, min(T, C))
+    ys = []
+    for start, end, n in ((0, T % C, T % C), (T % C, T, C)):
+        if start == end:
+            continue
+        u_MBCH, reset_MBC = (
+            jnp.moveaxis(z[:, start:end].reshape(B, -1, n, *z.shape[2:]), 1, 0) for z in (u_BTH, reset_BT)
+        )
+        segment_MBC = jnp.cumsum(reset_MBC, axis=2, dtype=jnp.int32)
+        last_MBC = segment_MBC == segment_MBC[..., -1:]
+        kept_MBCH = jnp.where(last_MBC[..., None], u_MBCH, 0)
+        added_MBHN = _einsum("mbch,chn->mbhn", kept_MBCH, write_CHN[len(write_CHN) - n :])
 
-    @jax.checkpoint  # or the gradient would keep a masked matrix [C, C] of each channel and chunk
-    def piece(h_BHN, tokens):
-        u_BCH, reset_BC = tokens
-        n = u_BCH.shape[1]
-        segment_BC = jnp.cumsum(reset_BC, axis=1, dtype=jnp.int32)
-        clean_BC, last_BC = segment_BC == 0, segment_BC == segment_BC[:, -1:]
-        h_BHN = jnp.where(reset_BC[:, :1, None], 0, h_BHN)  # NaN times 0 is none in the gradient
-        lag_CC = jnp.arange(n)[:, None] - jnp.arange(n)
-        seen_BCC = (lag_CC >= 0) & (segment_BC[:, :, None] == segment_BC[:, None, :])
-        K_BHCC = jnp.where(seen_BCC[:, None], kernel_HC[:, jnp.maximum(lag_CC, 0)], 0)
-        y_BCH = matmul("bhij,bjh->bih", K_BHCC, u_BCH)
-        y_BCH = y_BCH + jnp.where(clean_BC[..., None], jnp.real(_einsum("chn,bhn->bch", read_CHN[:n], h_BHN)), 0)
-        kept_BCH = jnp.where(last_BC[..., None], u_BCH, 0)
-        h_BHN = jnp.where(clean_BC[:, -1:, None], _power(powers, h_BHN, n), 0)
-        return h_BHN + _einsum("bch,chn->bhn", kept_BCH, write_CHN[len(write_CHN) - n :]), y_BCH
+        def across(h_BHN, chunk, n=n):
+            added_BHN, cut_B = chunk
+            h_out_BHN = _power(powers, jnp.where(cut_B[:, None, None], 0, h_BHN), n) + added_BHN
+            return h_out_BHN, h_BHN
 
-    y_BTH = jnp.zeros((B, 0, H), u_BTH.dtype)
-    if R:
-        h_BHN, y_BTH = piece(h_BHN, (u_BTH[:, :R], reset_BT[:, :R]))
-    if M:
-        chunks = [jnp.moveaxis(z[:, R:].reshape(B, M, C, *z.shape[2:]), 1, 0) for z in (u_BTH, reset_BT)]
-        h_BHN, y_MBCH = lax.scan(piece, h_BHN, tuple(chunks))
-        y_BTH = jnp.concatenate([y_BTH, jnp.moveaxis(y_MBCH, 0, 1).reshape(B, M * C, H)], axis=1)
-    return y_BTH, h_BHN
+        h_BHN, before_MBHN = lax.scan(across, h_BHN, (added_MBHN, segment_MBC[..., -1] > 0))
+        before_MBHN = jnp.where(reset_MBC[..., :1, None], 0, before_MBHN)  # NaN times 0 is none in the gradient
+        y_MBCH = jnp.real(_einsum("chn,mbhn->mbch", read_CHN[:n], before_MBHN))
+        y_MBCH = jnp.where((segment_MBC == 0)[..., None], y_MBCH, 0)
+        y_MBCH = y_MBCH + _within_segments(u_MBCH, kernel_HC[:, :n], segment_MBC)
+        ys.append(jnp.moveaxis(y_MBCH, 0, 1).reshape(B, end - start, H))
+    return jnp.concatenate(ys, axis=1), h_BHN
+
+
+def _within_segments(u_MBCH, kernel_HC, segment_MBC):
+    """Lag by lag, as which tokens see each other is another matter for each chunk."""
+    at_C = jnp.arange(u_MBCH.shape[2])
+
+    @jax.checkpoint  # or the gradient would keep C shifted copies of u
+    def add(y_MBCH, lag_kernel):
+        lag, kernel_H = lag_kernel
+        ago = lambda z: jnp.roll(z, lag, axis=2)
+        seen_MBC = (ago(segment_MBC) == segment_MBC) & (at_C >= lag)
+        return y_MBCH + kernel_H * jnp.where(seen_MBC[..., None], ago(u_MBCH), 0), None
+
+    return lax.scan(add, jnp.zeros_like(u_MBCH), (at_C, kernel_HC.T))[0]
 
 
 def _maps(powers, B_HN, C_HN, n):
