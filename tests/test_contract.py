@@ -20,7 +20,7 @@ FIELDS = {
     "gru": {"hidden": 7},
     "min_gru": {"expand": 3},
     "min_lstm": {"expand": 3},
-    "bilinear_rnn": {"kind": "full", "hidden": 15},
+    "bilinear_rnn": {"kind": "full", "hidden": 9},
     "ffm": {"traces": 5, "contexts": 3},
     "lru": {"state_size": 5},
     "mamba": {"state_size": 5, "dt_rank": 6},

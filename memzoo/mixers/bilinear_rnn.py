@@ -11,9 +11,12 @@
 
 Source: Ebrahimi, Memisevic, "Revisiting Bi-Linear State Transitions in Recurrent Neural Networks" (2025),
 arXiv:2505.21749, sec. 3.
-Differs: h has length 1 at every token. The paper divides by its length at inference alone, which changes no direction,
-as nothing is added; here training computes the same function as inference, and no product overflows. A sequence begins
-with the first unit vector of each block: for a W that may be anything, another choice is a change of basis.
+Differs: h is divided by its length at every token. The paper does so at inference alone, which changes no direction,
+as nothing is added; here training computes the same function as inference, and no product overflows. Each block has
+its own length, or the block that grows fastest would be all that is left after a hundred tokens; only the diagonal
+kind, of whose blocks nothing but signs would remain, has one length, and that fate. A sequence begins with the first
+unit vector of each block (diagonal: with equal entries): for a W that may be anything, all starts are a change of
+basis apart.
 
 Dims: B batch, T time, D width, F hidden, N blocks, K block size, F = N K, R rank.
 """
@@ -38,7 +41,9 @@ class State(NamedTuple):
 def step(h_NK, x_D, begins, transition, start_NK):
     """One token, as it stands. This is the definition; every faster form is tested against it."""
     h_NK = jnp.where(begins, start_NK, h_NK)
-    h_NK = ops.direction(jnp.einsum("nij,nj->ni", transition(x_D), h_NK))
+    A = transition(x_D)
+    h_NK = A * h_NK if A.ndim == 2 else jnp.einsum("nij,nj->ni", A, h_NK)
+    h_NK = ops.direction(h_NK, axes=(-1,))
     return h_NK, h_NK
 
 
@@ -59,7 +64,7 @@ class BilinearRNN(nn.Module):
     param_dtype: Any = jnp.float32
 
     def sizes(self) -> tuple[int, int, int]:
-        """(N, K, R)"""
+        """(N, K, R), blocks of one length each"""
         F = self.width if self.hidden is None else self.hidden
         contract.positive(width=self.width, hidden=F)
         if self.kind not in KINDS:
@@ -68,7 +73,7 @@ class BilinearRNN(nn.Module):
             if value is not None and self.kind != kind:
                 raise ValueError(f"{name}: expected None for kind {self.kind!r}, got {value}")
         block = math.gcd(8, F) if self.block_size is None else self.block_size
-        K = {"block": block, "rotation": 2, "diagonal": 1}.get(self.kind, F)
+        K = {"block": block, "rotation": 2}.get(self.kind, F)
         R = F if self.rank is None else self.rank
         contract.positive(rank=R)
         return contract.divisible("hidden", F, "block_size", K), K, R
@@ -76,7 +81,8 @@ class BilinearRNN(nn.Module):
     def start(self) -> jax.Array:
         """start_NK"""
         N, K, _ = self.sizes()
-        return jnp.zeros((N, K), contract.state_dtype(self.dtype)).at[:, 0].set(N**-0.5)
+        wide = contract.state_dtype(self.dtype)
+        return jnp.full((N, K), K**-0.5, wide) if self.kind == "diagonal" else jnp.eye(1, K, dtype=wide).repeat(N, 0)
 
     def initial_state(self, batch: int) -> State:
         return State(jnp.repeat(self.start()[None], batch, axis=0))
@@ -97,11 +103,13 @@ class BilinearRNN(nn.Module):
             weights = param("W", D, R, variance=D), param("U", K, R, variance=R), param("V", K, R, variance=K)
         elif self.kind == "rotation":
             weights = (param("W", D, N, 2, variance=D),)
+        elif self.kind == "diagonal":
+            weights = (param("W", D, N, K, variance=D),)
         else:
             weights = (param("W", D, N, K, K, variance=D * K),)
 
         h_BTNK, h_BNK = bilinear(x_BTD, self.kind, weights, state.h_BNK, self.start(), reset_BT, self.impl)
-        h_BTF = (h_BTNK * (N * K) ** 0.5).reshape(*x_BTD.shape[:2], N * K)
+        h_BTF = (h_BTNK * K**0.5).reshape(*x_BTD.shape[:2], N * K)
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="out")(h_BTF)
         return y_BTD, State(h_BNK)
 
@@ -117,12 +125,12 @@ def bilinear(x_BTD, kind, weights, h_BNK, start_NK, reset_BT, impl="auto"):
 
 
 def transitions(x, kind, weights):
-    """A of each token, with the leading axes of x and blocks [N, K, K]."""
+    """A of each token: the leading axes of x, then [N, K, K], or the diagonals [N, K]."""
     dot = partial(jnp.einsum, precision="highest")
     if kind == "cp":
         W_DR, U_KR, V_KR = weights
         return dot("...d,dr,ir,jr->...ij", x, W_DR, U_KR, V_KR)[..., None, :, :]
     if kind == "rotation":
-        a, b = jnp.moveaxis(ops.direction(dot("...d,dnk->...nk", x, weights[0])[..., None])[..., 0], -1, 0)
+        a, b = jnp.moveaxis(ops.direction(dot("...d,dnk->...nk", x, weights[0]), axes=(-1,)), -1, 0)
         return jnp.stack([jnp.stack([a, -b], -1), jnp.stack([b, a], -1)], -2)
-    return dot("...d,dnij->...nij", x, weights[0])
+    return jnp.tensordot(x, weights[0], axes=1, precision="highest")

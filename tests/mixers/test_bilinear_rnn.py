@@ -33,6 +33,8 @@ def matrices(kind, weights, x_TD):
     W = weights[0]
     if kind == "cp":
         return [weights[1] @ np.diag(x @ W) @ weights[2].T for x in x_TD]
+    if kind == "diagonal":
+        return [np.diag(x @ W[:, 0]) for x in x_TD]
     out = []
     for x in x_TD:
         blocks = np.tensordot(x, W, 1)
@@ -64,10 +66,11 @@ def test_is_the_product_of_matrices_divided_by_its_length_at_the_end(kind, impl)
         h = h_BF[b]
         for t, A in enumerate(matrices(kind, weights, np.asarray(x_BTD[b], np.float64))):
             h = A @ (start if reset[b, t] else h)
-            unit = h / np.linalg.norm(h)
-            want = unit * np.sqrt(h.size) @ np.asarray(params["params"]["out"]["kernel"])
+            blocks = h.reshape(mixer.start().shape)
+            unit = blocks / np.linalg.norm(blocks, axis=1, keepdims=True)
+            want = np.ravel(unit * np.sqrt(unit.shape[1])) @ np.asarray(params["params"]["out"]["kernel"])
             np.testing.assert_allclose(y_BTD[b, t], want, atol=1e-4)
-        np.testing.assert_allclose(np.ravel(last.h_BNK[b]), unit, atol=1e-4)
+        np.testing.assert_allclose(last.h_BNK[b], unit, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", ("associative", "chunk"))
@@ -118,8 +121,7 @@ def test_simulates_any_finite_state_machine_exactly(kind, impl):
 
 
 def last_state(kind, weights, x_TD, impl="chunk"):
-    N, K = {"rotation": (3, 2), "block": (2, 3), "diagonal": (5, 1)}[kind]
-    start_NK = jnp.zeros((N, K)).at[:, 0].set(N**-0.5)
+    start_NK = make(kind).start()
     return bilinear_rnn.bilinear(x_TD[None], kind, weights, start_NK[None], start_NK, None, impl)[1][0]
 
 
@@ -152,7 +154,7 @@ def test_signs_track_parity_and_positive_numbers_cannot(impl):
     x_BTD, start_NK = jnp.eye(2)[bits][None], jnp.ones((1, 1))
 
     def track(W):
-        args = x_BTD, "diagonal", (jnp.asarray(W).reshape(2, 1, 1, 1),), start_NK[None], start_NK, None, impl
+        args = x_BTD, "diagonal", (jnp.asarray(W).reshape(2, 1, 1),), start_NK[None], start_NK, None, impl
         return np.ravel(bilinear_rnn.bilinear(*args)[0])
 
     np.testing.assert_array_equal(track([1.0, -1.0]), np.where(np.cumsum(bits) % 2, -1.0, 1.0))
@@ -185,7 +187,7 @@ def test_long_products_neither_overflow_nor_vanish(kind, impl):
 
     gradient, state = jax.jit(jax.grad(loss, has_aux=True))(x_BTD)
     assert jnp.isfinite(gradient).all()
-    np.testing.assert_allclose(jnp.sum(state.h_BNK**2, axis=(1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(state.h_BNK**2, axis=-1), 1, rtol=1e-5)
 
 
 def test_initial_transitions():
@@ -197,7 +199,7 @@ def test_initial_transitions():
         mixer = memzoo.make("bilinear_rnn", width=64, kind=kind)
         weights = weights_of(jax.jit(mixer.init)(jax.random.key(0), x_BTD[:, :1]))
         A[kind] = np.asarray(bilinear_rnn.transitions(x_BTD[0], kind, weights))
-        eigenvalues[kind] = np.linalg.eigvals(A[kind])
+        eigenvalues[kind] = A[kind] if kind == "diagonal" else np.linalg.eigvals(A[kind])
     h_TNK = np.random.default_rng(0).normal(size=(20, 1, 64))
     for kind in ("full", "cp"):
         gain = np.linalg.norm(np.einsum("tnij,tnj->tni", A[kind], h_TNK), axis=-1) / np.linalg.norm(h_TNK, axis=-1)
@@ -250,6 +252,8 @@ def test_the_op_names_bad_arguments():
     A = np.ones((2, 7, 3, 4, 4), np.float32)
     with pytest.raises(ValueError, match=r"start_NK: expected K = 4 as in A_BTNKK, got shape \[3, 5\]"):
         ops.direction_scan(A, np.ones((3, 5)))
+    with pytest.raises(ValueError, match=r"start_NK: expected N = 7 as in A_BTNK, got shape \[3, 4\]"):
+        ops.direction_scan(np.ones((2, 9, 7, 4)), np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"A_BTNKK: expected K = 4 as in A_BTNKK"):
         ops.direction_scan(A[..., :3], np.ones((3, 4)))
     with pytest.raises(NotImplementedError, match="direction_scan has no form 'newton'"):
