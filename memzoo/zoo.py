@@ -59,6 +59,8 @@ _CARDS = (
          ("scan", "chunk"), "Mamba, a pool of notes on important tokens, and attention to it", "MemMamba"),
     Card("mamba2", "ssm", "Transformers are SSMs", "2405.21060", "constant", _LINEAR,
          "state-space duality: one input-dependent decay per head", "Mamba2"),
+    Card("lssl", "ssm", "Combining Recurrent, Convolutional, and Continuous-time Models", "2110.13985", "constant",
+         ("scan", "associative", "conv"), "HiPPO's differential equation per feature, with a trained step", "LSSL"),
     Card("s4", "ssm", "Efficiently Modeling Long Sequences with Structured State Spaces", "2111.00396", "constant",
          ("scan", "associative", "conv"), "HiPPO's memory of each feature, learned, as a convolution", "S4"),
     Card("s4d", "ssm", "On the Parameterization and Initialization of Diagonal State Space Models", "2206.11893",

@@ -28,6 +28,7 @@ FIELDS = {
     "long_mamba": {"state_size": 5, "dt_rank": 6},
     "mem_mamba": {"state_size": 5, "dt_rank": 6, "pool_size": 9, "note_dim": 7, "tau2": 0.1},
     "mamba2": {"head_dim": 8, "state_size": 5},
+    "lssl": {"state_size": 5},
     "s4": {"state_size": 10},
     "s4d": {"state_size": 10},
     "s5": {"state_size": 10, "blocks": 1},
