@@ -16,6 +16,7 @@ Dims: B batch, T time, N blocks, K block size, C chunk, M chunks. Inside, a bloc
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def direction_scan(
     """
     positive(chunk=chunk)
     check_impl("direction_scan", impl, FORMS)
-    transitions = {"A_BTNK" if jnp.ndim(A) == 4 else "A_BTNKK": A}
+    transitions: dict[str, Any] = {"A_BTNK" if jnp.ndim(A) == 4 else "A_BTNKK": A}
     check_shapes(**transitions, start_NK=start_NK, h_BNK=h_BNK, reset_BT=reset_BT)
     return _forms(A, start_NK, h_BNK, reset_BT, impl=impl, chunk=chunk)
 

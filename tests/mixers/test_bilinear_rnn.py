@@ -125,6 +125,18 @@ def last_state(kind, weights, x_TD, impl="chunk"):
     return bilinear_rnn.bilinear(x_TD[None], kind, weights, start_NK[None], start_NK, None, impl)[1][0]
 
 
+@pytest.mark.parametrize("impl", FORMS)
+def test_no_block_drowns_another(impl):
+    """A block that grows 10 times as fast per token leaves the other as it is alone; with one length for both it would
+    be e^-700 of it after 300 tokens, and 0."""
+    A_BTNKK = np.random.default_rng(0).normal(size=(1, 300, 2, 3, 3)) * np.array([10.0, 1.0])[:, None, None]
+    start_NK = jnp.ones((2, 3))
+    both, _ = ops.direction_scan(jnp.float32(A_BTNKK), start_NK, impl=impl)
+    alone, _ = ops.direction_scan(jnp.float32(A_BTNKK[:, :, 1:]), start_NK[1:], impl=impl)
+    np.testing.assert_allclose(both[:, :, 1:], alone, atol=1e-4)
+    np.testing.assert_allclose(jnp.sum(both**2, -1), 1, rtol=1e-5)
+
+
 def test_rotations_commute_and_blocks_do_not():
     x_TD = jax.random.normal(jax.random.key(1), (30, D))
     for kind, commutes in (("rotation", True), ("block", False)):
