@@ -59,6 +59,8 @@ _CARDS = (
          ("scan", "chunk"), "Mamba, a pool of notes on important tokens, and attention to it", "MemMamba"),
     Card("mamba2", "ssm", "Transformers are SSMs", "2405.21060", "constant", _LINEAR,
          "state-space duality: one input-dependent decay per head", "Mamba2"),
+    Card("hippo", "ssm", "HiPPO: Recurrent Memory with Optimal Polynomial Projections", "2008.07669", "constant",
+         ("scan", "newton"), "a gated RNN around a memory of all its past, kept as a polynomial", "HiPPO"),
     Card("lssl", "ssm", "Combining Recurrent, Convolutional, and Continuous-time Models", "2110.13985", "constant",
          ("scan", "associative", "conv"), "HiPPO's differential equation per feature, with a trained step", "LSSL"),
     Card("s4", "ssm", "Efficiently Modeling Long Sequences with Structured State Spaces", "2111.00396", "constant",

@@ -8,6 +8,7 @@ Where only the library's own dependencies and pytest are installed, tests of wha
 import importlib.util
 import os
 
+import jax
 import pytest
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -22,7 +23,21 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
+    groups = {}
     for item in items:
         parameters = getattr(item, "callspec", None)
         name = parameters.params.get("name") if parameters else None
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{name}" if name else item.path.name))
+        group = f"{item.path.name}:{name}" if name else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups.setdefault(group, []).append(item)
+    items[:] = [item for group in groups.values() for item in group]  # in one process too
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled functions go with the tests that share them: a process can map only 65,530 pieces of memory."""
+    if nextitem is not None and _group(item) != _group(nextitem):
+        jax.clear_caches()
+
+
+def _group(item):
+    return next(item.iter_markers("xdist_group")).args

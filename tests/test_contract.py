@@ -11,8 +11,8 @@ import pytest
 import memzoo
 from memzoo import contract
 
-B, T, D = 2, 70, 12  # 70 tokens are a chunk of 64 and a piece
-CUTS = (0, 1, 2, 37, T)
+B, T, D = 2, 71, 12  # 71 tokens are a chunk of 64 and a piece
+CUTS = (0, 1, 36, T)  # two pieces of one length are one program
 # Sizes that all differ from each other and from B, T, D, so that no axis can be mistaken for another.
 FIELDS = {
     "attention": {"heads": 3, "head_dim": 4, "window": 17, "sinks": 2},
@@ -20,7 +20,7 @@ FIELDS = {
     "gru": {"hidden": 7},
     "min_gru": {"expand": 3},
     "min_lstm": {"expand": 3},
-    "bilinear_rnn": {"kind": "full", "hidden": 9},
+    "bilinear_rnn": {"hidden": 15, "block_size": 5},
     "ffm": {"traces": 5, "contexts": 3},
     "lru": {"state_size": 5},
     "mamba": {"state_size": 5, "dt_rank": 6},
@@ -28,6 +28,7 @@ FIELDS = {
     "long_mamba": {"state_size": 5, "dt_rank": 6},
     "mem_mamba": {"state_size": 5, "dt_rank": 6, "pool_size": 9, "note_dim": 7, "tau2": 0.1},
     "mamba2": {"head_dim": 8, "state_size": 5},
+    "hippo": {"hidden": 7, "state_size": 5, "signals": 3},
     "lssl": {"state_size": 5},
     "s4": {"state_size": 10},
     "s4d": {"state_size": 10},
@@ -53,28 +54,43 @@ def make(name, impl="auto", dtype=jnp.float32, param_dtype=None):
 
 @functools.cache
 def setup(name, dtype=np.float32):
-    """Parameters, input, the state that another sequence left, resets, and weights that make a loss of all outputs."""
+    """Parameters, input, the state that another sequence left, resets, and weights that make a loss of all outputs.
+
+    In NumPy, as is all that is compared: each operation of JAX outside of a jitted function compiles a program.
+    """
     mixer = make(name, memzoo.card(name).forms[0], dtype)
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((B, T, D)), dtype)
+    x = rng.standard_normal((B, T, D)).astype(dtype)
     params = jax.jit(mixer.init)(jax.random.key(0), x[:, :1])
     # Every parameter away from 0 and 1, or the gradient of what it multiplies could not be seen.
-    params = jax.tree.map(lambda p: p + jnp.asarray(0.1 * rng.standard_normal(p.shape), p.dtype), params)
-    _, state = jax.jit(mixer.apply)(params, 0.7 * x[::-1, ::-1])
+    params = jax.tree.map(lambda p: np.asarray(p + 0.1 * rng.standard_normal(p.shape), p.dtype), in_numpy(params))
+    _, state = in_numpy(jax.jit(mixer.apply)(params, 0.7 * x[::-1, ::-1]))
     reset = np.zeros((B, T), bool)
-    reset[0, [0, 20, 21]] = reset[1, [3, 50, T - 1]] = True
-    weights = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), dtype), (x, state))
-    return params, x, state, jnp.asarray(reset), weights
+    reset[0, [0, 20, 21]] = reset[1, [3, CUTS[2], T - 1]] = True
+    weights = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(dtype), (x, state))
+    return params, x, state, reset, weights
+
+
+@functools.cache
+def fresh(name):
+    return in_numpy(make(name).initial_state(B))
+
+
+def in_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def real(leaf):
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def loss_of(y, state, weights):
     pairs = zip(jax.tree.leaves((y, state)), jax.tree.leaves(weights), strict=True)
-    return sum(jnp.sum(jnp.real(a * w)) for a, w in pairs if jnp.issubdtype(a.dtype, jnp.inexact))
+    return sum((a * w).real.sum() for a, w in pairs if real(a))
 
 
-@functools.cache
-def whole(name, impl, dtype=np.float32):
-    """All tokens in one call: (params, x, state, reset, weights) -> gradients in the first three, and the outputs."""
+def gradients(name, impl, dtype=np.float32):
+    """(params, x, state, reset, weights) -> gradients in the first three, and the outputs."""
     mixer = make(name, impl, dtype)
 
     def loss(params, x, state, reset, weights):
@@ -84,47 +100,82 @@ def whole(name, impl, dtype=np.float32):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # of the architecture at hand alone: programs take memory
+def programs(name):
+    return {}
+
+
+def whole(name, impl, dtype=np.float32):
+    """The same, compiled, of all tokens in one call. Programs of one text are one: 'auto' is one of the others."""
+    known = programs(name)
+    if (impl, dtype) not in known:
+        lowered = gradients(name, impl, dtype).lower(*setup(name, dtype))
+        text = lowered.as_text()
+        known[text] = known.get(text) or lowered.compile()
+        known[impl, dtype] = known[text]
+    return lambda *arguments: in_numpy(known[impl, dtype](*arguments))
+
+
 def in_pieces(name, impl):
-    """The same in several calls, the state carried from one to the next."""
-    mixer = make(name, impl)
+    """The same in several calls: the state carried from one to the next, its gradient from one to the one before."""
+    run = gradients(name, impl)
 
-    def loss(params, x, state, reset, weights):
-        ys = []
-        for i, j in itertools.pairwise(CUTS):
-            y, state = mixer.apply(params, x[:, i:j], state, reset[:, i:j])
+    def of_pieces(params, x, state, reset, weights):
+        parts = [(x[:, i:j], reset[:, i:j], weights[0][:, i:j]) for i, j in itertools.pairwise(CUTS)]
+        unused, states, ys = weights[1], [state], []
+        for x_part, reset_part, weights_part in parts:
+            _, (y, last) = in_numpy(run(params, x_part, states[-1], reset_part, (weights_part, unused)))
             ys.append(y)
-        y = jnp.concatenate(ys, axis=1)
-        return loss_of(y, state, weights), (y, state)
+            states.append(last)
+        d_params, d_state, d_xs = 0.0, weights[1], []
+        for (x_part, reset_part, weights_part), before in zip(parts[::-1], states[-2::-1], strict=True):
+            (d, d_x, d_state), _ = in_numpy(run(params, x_part, before, reset_part, (weights_part, d_state)))
+            d_params = jax.tree.map(np.add, d, d_params) if d_xs else d
+            d_xs.insert(0, d_x)
+            d_before = d_state
+            d_state = jax.tree.map(lambda g, w: g if real(g) else w, d_before, unused)
+        return (d_params, np.concatenate(d_xs, axis=1), d_before), (np.concatenate(ys, axis=1), states[-1])
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True))
+    return of_pieces
 
 
-def assert_close(got, want, tolerance, scale_of=None):
+def assert_close(got, want, tolerance):
     """Relative rms, leaf by leaf; integers exactly. A leaf that should be 0 is measured against the largest leaf."""
-    floor = max(float(jnp.max(jnp.abs(w))) for w in jax.tree.leaves(want) if jnp.issubdtype(w.dtype, jnp.inexact))
+    floor = max(float(np.max(np.abs(w))) for w in jax.tree.leaves(want) if real(w))
     for (path, w), g in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True):
         where = jax.tree_util.keystr(path)
         assert g.shape == w.shape and g.dtype == w.dtype, where
-        if jnp.issubdtype(w.dtype, jnp.integer) or w.dtype == jax.dtypes.float0:
+        g, w = np.asarray(g), np.asarray(w)
+        if not real(w):
             np.testing.assert_array_equal(g, w, err_msg=where)
             continue
-        g, w = np.asarray(g), np.asarray(w)
         error = np.sqrt(np.mean(np.abs(g - w) ** 2)) if w.size else 0.0
         assert error <= tolerance * (np.sqrt(np.mean(np.abs(w) ** 2)) + 1e-3 * floor if w.size else 1), (where, error)
 
 
 def all_finite(tree):
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if real(leaf))
+
+
+def largest(x):
+    return np.abs(x).max()
+
+
+def reset_at(t):
+    return np.arange(T)[None].repeat(B, 0) == t
+
+
+def since(x, t, change):
+    """x with `change` made to what is at t and later."""
+    return np.concatenate([x[:, :t], change(x[:, t:])], axis=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_and_dtypes(name):
     params, x, state, reset, weights = setup(name)
-    gradients, (y, last) = whole(name, "auto")(params, x, state, reset, weights)
+    found, (y, last) = whole(name, "auto")(params, x, state, reset, weights)
     assert y.shape == x.shape and y.dtype == x.dtype
-    assert all_finite((gradients, y, last))
+    assert all_finite((found, y, last))
     want = make(name).initial_state(B)
     assert jax.tree.structure(last) == jax.tree.structure(want)
     for got, expected in zip(jax.tree.leaves(last), jax.tree.leaves(want), strict=True):
@@ -136,10 +187,8 @@ def test_shapes_and_dtypes(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_state_is_the_initial_state(name):
     params, x, _, reset, weights = setup(name)
-    mixer = make(name)
-    y, last = jax.jit(mixer.apply)(params, x)
-    no_reset = jnp.zeros_like(reset)
-    assert_close((y, last), whole(name, "auto")(params, x, mixer.initial_state(B), no_reset, weights)[1], 1e-6)
+    y, last = in_numpy(jax.jit(make(name).apply)(params, x))
+    assert_close((y, last), whole(name, "auto")(params, x, fresh(name), np.zeros_like(reset), weights)[1], 1e-6)
 
 
 @pytest.mark.parametrize(("name", "impl"), FAST)
@@ -172,14 +221,12 @@ def test_a_reset_begins_a_new_sequence(name, impl):
     params, x, state, reset, weights = setup(name)
     run = whole(name, impl)
     _, (y, _) = run(params, x, state, reset, weights)
-    fresh = make(name).initial_state(B)
     for row in range(B):
         starts = [t for t in range(T) if reset[row, t]]
         for start, end in zip(starts, [*starts[1:], T], strict=True):
-            alone = jnp.roll(x, -start, axis=1)
-            _, (y_alone, _) = run(params, alone, fresh, jnp.zeros_like(reset), weights)
-            error = jnp.abs(y[row, start:end] - y_alone[row, : end - start]).max()
-            assert error < 1e-5 * jnp.abs(y).max(), (row, start)
+            alone = np.roll(x, -start, axis=1)
+            _, (y_alone, _) = run(params, alone, fresh(name), np.zeros_like(reset), weights)
+            assert largest(y[row, start:end] - y_alone[row, : end - start]) < 1e-5 * largest(y), (row, start)
 
 
 @pytest.mark.parametrize(("name", "impl"), FORMS)
@@ -187,33 +234,32 @@ def test_nothing_crosses_a_reset(name, impl):
     """Neither outputs nor the final state nor any gradient know what was before: other tokens, another state, NaN."""
     params, x, state, _, weights = setup(name)
     run = whole(name, impl)
-    first = jnp.arange(T)[None, :].repeat(B, 0) == 0
-    broken = jax.tree.map(lambda s: jnp.full_like(s, jnp.nan if jnp.issubdtype(s.dtype, jnp.inexact) else 5), state)
-    clean = run(params, x, make(name).initial_state(B), first, weights)
-    dirty = run(params, x, broken, first, weights)
+    broken = jax.tree.map(lambda s: np.full_like(s, np.nan if real(s) else 5), state)
+    clean = run(params, x, fresh(name), reset_at(0), weights)
+    dirty = run(params, x, broken, reset_at(0), weights)
     assert all_finite(dirty)
     assert_close(dirty, clean, 1e-6)
 
     at = 33
-    middle = jnp.arange(T)[None, :].repeat(B, 0) == at
-    late = jax.tree.map(jnp.copy, weights)
-    late = (late[0].at[:, :at].set(0), late[1])
-    one = run(params, x, state, middle, late)
-    two = run(params, x.at[:, :at].set(x[:, :at] * 3 + 1), jax.tree.map(lambda s: s * 0, state), middle, late)
+    late = (weights[0] * (np.arange(T) >= at)[:, None].astype(np.float32), weights[1])
+    one = run(params, x, state, reset_at(at), late)
+    other = np.concatenate([x[:, :at] * 3 + 1, x[:, at:]], axis=1)
+    two = run(params, other, jax.tree.map(np.zeros_like, state), reset_at(at), late)
     assert_close(one[1][0][:, at:], two[1][0][:, at:], 1e-6)
     assert_close(one[1][1], two[1][1], 1e-6)
-    d_x = jnp.abs(one[0][1])
+    d_x = one[0][1]
     rounding = 0 if impl in ("scan", "associative") else 1e-6  # where sums over a whole chunk cancel
-    assert d_x[:, :at].max() <= rounding * d_x.max(), "gradient of the tokens before the reset"
+    assert largest(d_x[:, :at]) <= rounding * largest(d_x), "gradient of the tokens before the reset"
 
 
 @pytest.mark.parametrize(("name", "impl"), [(n, i) for n, i in FORMS if i in ("scan", "associative")])
 def test_inf_does_not_reach_the_next_sequence(name, impl):
     params, x, state, _, weights = setup(name)
-    reset = jnp.arange(T)[None, :].repeat(B, 0) == 33
-    _, (y, last) = whole(name, impl)(params, x.at[:, 10].set(jnp.inf), state, reset, weights)
-    assert not jnp.isfinite(y[:, 10:33]).all(), "the test itself"
-    assert jnp.isfinite(y[:, 33:]).all() and all_finite(last)
+    infinite = x.copy()
+    infinite[:, 10] = np.inf
+    _, (y, last) = whole(name, impl)(params, infinite, state, reset_at(33), weights)
+    assert not np.isfinite(y[:, 10:33]).all(), "the test itself"
+    assert np.isfinite(y[:, 33:]).all() and all_finite(last)
 
 
 @pytest.mark.parametrize(("name", "impl"), FORMS)
@@ -222,21 +268,22 @@ def test_causal_and_rows_apart(name, impl):
     run = whole(name, impl)
     _, (y, last) = run(params, x, state, reset, weights)
     for t in (1, 20, 64, T - 1):
-        _, (future, _) = run(params, x.at[:, t:].add(1.0), state, reset, weights)
-        assert jnp.abs(future[:, :t] - y[:, :t]).max() < 1e-5 * jnp.abs(y).max()
-        assert jnp.abs(future[:, t:] - y[:, t:]).max() > 1e-4 * jnp.abs(y).max()
+        _, (future, _) = run(params, since(x, t, lambda x: x + 1), state, reset, weights)
+        assert largest(future[:, :t] - y[:, :t]) < 1e-5 * largest(y)
+        assert largest(future[:, t:] - y[:, t:]) > 1e-4 * largest(y)
     row = lambda tree, b: jax.tree.map(lambda leaf: leaf[b], tree)
-    _, other = run(params, x.at[0].add(1.0), jax.tree.map(lambda s: s.at[0].mul(2), state), reset, weights)
+    first = lambda leaf, changed: np.concatenate([changed(leaf[:1]), leaf[1:]])
+    moved = jax.tree.map(lambda s: first(s, lambda s: 2 * s), state)
+    _, other = run(params, first(x, lambda x: x + 1), moved, reset, weights)
     assert_close(row(other, 1), row((y, last), 1), 1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_and_every_state_matters(name):
     params, x, state, reset, weights = setup(name)
-    (d_params, d_x, d_state), _ = whole(name, "auto")(params, x, state, jnp.zeros_like(reset), weights)
-    for path, leaf in jax.tree_util.tree_leaves_with_path((d_params, d_x, d_state)):
-        if leaf.dtype != jax.dtypes.float0:
-            assert jnp.any(leaf != 0), jax.tree_util.keystr(path)
+    found, _ = whole(name, "auto")(params, x, state, np.zeros_like(reset), weights)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        assert not real(leaf) or np.any(leaf != 0), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -245,17 +292,17 @@ def test_gradient_is_the_difference_quotient(name):
     definition = memzoo.card(name).forms[0]
     with jax.enable_x64(True):
         params, x, state, reset, weights = setup(name, np.float64)
-        gradients, _ = whole(name, definition, np.float64)(params, x, state, reset, weights)
-        real = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+        run = whole(name, definition, np.float64)
+        found, _ = run(params, x, state, reset, weights)
         rng = np.random.default_rng(5)
         along = jax.tree.map(lambda a: rng.standard_normal(a.shape) if real(a) else 0, (params, x, state))
 
         def f(e):
             moved = jax.tree.map(lambda a, d: a + e * d if real(a) else a, (params, x, state), along)
-            _, (y, last) = whole(name, definition, np.float64)(*moved, reset, weights)
-            return float(loss_of(y, last, weights))
+            _, (y, last) = run(*moved, reset, weights)
+            return loss_of(y, last, weights)
 
-        products = jax.tree.map(lambda g, d: float(jnp.real(jnp.sum(g * d))) if real(g) else 0.0, gradients, along)
+        products = jax.tree.map(lambda g, d: float(np.real(np.sum(g * d))) if real(g) else 0.0, found, along)
         e = 1e-6
         np.testing.assert_allclose(sum(jax.tree.leaves(products)), (f(e) - f(-e)) / (2 * e), rtol=1e-5)
 
@@ -271,34 +318,23 @@ def test_vmap_is_the_batch(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_stays_near_float32(name):
-    params, x, _, _, _ = setup(name)
-    y, state = jax.jit(make(name).apply)(params, x)
+    params, x, _, reset, weights = setup(name)
+    _, (y, state) = whole(name, "auto")(params, x, fresh(name), np.zeros_like(reset), weights)
     half = make(name, dtype=jnp.bfloat16, param_dtype=jnp.float32)
-    y_half, state_half = jax.jit(half.apply)(params, x.astype(jnp.bfloat16))
+    y_half, state_half = in_numpy(jax.jit(half.apply)(params, x.astype(jnp.bfloat16)))
     assert y_half.dtype == jnp.bfloat16
     assert [s.dtype for s in jax.tree.leaves(state_half)] == [s.dtype for s in jax.tree.leaves(state)]
-    assert_close(y_half.astype(jnp.float32), y, 2e-2)
+    assert_close(y_half.astype(np.float32), y, 2e-2)
     assert_close(state_half, state, 2e-2)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_long_noise_stays_finite(name):
-    params, _, _, _, _ = setup(name)
-    x = jax.random.normal(jax.random.key(1), (1, 32_768, D))
-    y, state = jax.jit(make(name).apply)(params, x)
-    assert all_finite((y, state))
-    if memzoo.card(name).state == "constant":
-        small = jax.tree.map(jnp.shape, make(name).initial_state(1))
-        assert jax.tree.map(jnp.shape, state) == small
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_input_is_named(name):
     params, x, state, reset, _ = setup(name)
     call = make(name).apply
-    with pytest.raises(ValueError, match=r"x_BTD: expected shape \[B, T >= 1, D = 12\], got \[2, 70, 11\]"):
+    with pytest.raises(ValueError, match=r"x_BTD: expected shape \[B, T >= 1, D = 12\], got \[2, 71, 11\]"):
         call(params, x[..., :-1])
-    with pytest.raises(ValueError, match=r"x_BTD: .* got \[70, 12\]"):
+    with pytest.raises(ValueError, match=r"x_BTD: .* got \[71, 12\]"):
         call(params, x[0])
     with pytest.raises(ValueError, match=r"x_BTD: .* got \[2, 0, 12\]"):
         call(params, x[:, :0])
@@ -308,7 +344,7 @@ def test_bad_input_is_named(name):
         call(params, x, jax.tree.map(lambda s: s[:1], state))
     with pytest.raises(ValueError, match=rf"state: expected memzoo.mixers.{name}.State, got tuple|PyTreeDef"):
         call(params, x, tuple(state))
-    with pytest.raises(ValueError, match=r"reset_BT: expected shape \[B = 2, T = 70\], got \[2, 69\]"):
+    with pytest.raises(ValueError, match=r"reset_BT: expected shape \[B = 2, T = 71\], got \[2, 70\]"):
         call(params, x, state, reset[:, 1:])
     with pytest.raises(ValueError, match="reset_BT: expected dtype bool, got float32"):
         call(params, x, state, reset.astype(jnp.float32))

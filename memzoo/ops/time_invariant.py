@@ -100,33 +100,8 @@ def kernel(A: jax.Array, B_HN: jax.Array, C_HN: jax.Array, L: int) -> jax.Array:
     return jnp.real(_einsum("ghn,shn->hgs", left_GHN, right_SHN)).reshape(len(B_HN), -1)[:, :L]
 
 
-@partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
-def _forms(u_BTH, A, B_HN, C_HN, h_BHN, reset_BT, kernel_HL, impl, chunk):
-    T = u_BTH.shape[1]
-    if impl == "auto":  # measured: the convolution wins from a handful of tokens on
-        impl = "scan" if T == 1 else "conv"
-    if impl == "scan":
-
-        def token(h_HN, u_H):
-            return jax.vmap(step)(h_HN, u_H, A, B_HN, C_HN)
-
-        y_BTH, h_BHN = recur(token, h_BHN, (u_BTH,), reset_BT)
-        return y_BTH, h_BHN
-    if impl == "associative":
-        h_BTHN = _doubling(u_BTH[..., None] * B_HN, A, h_BHN, reset_BT)
-        return jnp.real(_einsum("hn,bthn->bth", C_HN, h_BTHN)), h_BTHN[:, -1]
-
-    length = kernel_length(T, reset_BT, chunk)
-    kernel_HL = kernel(A, B_HN, C_HN, length) if kernel_HL is None else kernel_HL[:, :length]
-    kernel_HL = kernel_HL.astype(u_BTH.dtype)
-    if reset_BT is None:
-        free_BTH, h_BHN = _ends(u_BTH, A, B_HN, C_HN, h_BHN, chunk)
-        return convolve(u_BTH, kernel_HL) + free_BTH, h_BHN
-    return _chunked(u_BTH, A, B_HN, C_HN, h_BHN, reset_BT, kernel_HL, chunk)
-
-
-def _doubling(x_BTHN, A, h_BHN, reset_BT):
-    """Every state. A window that holds a reset takes nothing from the one before it."""
+def doubled(x_BTHN: jax.Array, A: jax.Array, h_BHN: jax.Array, reset_BT: jax.Array | None = None) -> jax.Array:
+    """Every state of h_t = A h_{t-1} + x_t by doubling. A window with a reset takes nothing from the one before it."""
     B, T = x_BTHN.shape[:2]
     cut_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
 
@@ -141,6 +116,31 @@ def _doubling(x_BTHN, A, h_BHN, reset_BT):
         cut_BT = cut_BT | ago(cut_BT, True)
         A, window = _compose(A, A), 2 * window
     return h_BTHN
+
+
+@partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
+def _forms(u_BTH, A, B_HN, C_HN, h_BHN, reset_BT, kernel_HL, impl, chunk):
+    T = u_BTH.shape[1]
+    if impl == "auto":  # measured: the convolution wins from a handful of tokens on
+        impl = "scan" if T == 1 else "conv"
+    if impl == "scan":
+
+        def token(h_HN, u_H):
+            return jax.vmap(step)(h_HN, u_H, A, B_HN, C_HN)
+
+        y_BTH, h_BHN = recur(token, h_BHN, (u_BTH,), reset_BT)
+        return y_BTH, h_BHN
+    if impl == "associative":
+        h_BTHN = doubled(u_BTH[..., None] * B_HN, A, h_BHN, reset_BT)
+        return jnp.real(_einsum("hn,bthn->bth", C_HN, h_BTHN)), h_BTHN[:, -1]
+
+    length = kernel_length(T, reset_BT, chunk)
+    kernel_HL = kernel(A, B_HN, C_HN, length) if kernel_HL is None else kernel_HL[:, :length]
+    kernel_HL = kernel_HL.astype(u_BTH.dtype)
+    if reset_BT is None:
+        free_BTH, h_BHN = _ends(u_BTH, A, B_HN, C_HN, h_BHN, chunk)
+        return convolve(u_BTH, kernel_HL) + free_BTH, h_BHN
+    return _chunked(u_BTH, A, B_HN, C_HN, h_BHN, reset_BT, kernel_HL, chunk)
 
 
 def _ends(u_BTH, A, B_HN, C_HN, h_BHN, C):
