@@ -6,7 +6,8 @@ A product of T matrices grows or shrinks like exp(T), and leaves the floating-po
 direction does not depend on when, or how often, it is divided by a positive number, so each form divides where it
 likes: `scan` at every token, the others at every product of two matrices. The divisor needs no gradient either.
 A transition that nearly annihilates the state makes what follows sensitive to rounding, in every form: measured in
-float32 with random transitions, T = 70, gradients of two forms are within 3e-5 of each other, mostly within 5e-6.
+float32 with random transitions [3, 3] to [16, 16], three seeds each, gradients of each form, of `scan` too, are within
+2e-5 of float64's, mostly within 5e-6.
 
 Source: Blelloch, "Prefix Sums and Their Applications" (1990), sec. 1.4, for the associative form, whose monoid is that
 of matrices up to a positive factor. A product that holds a reset is the vector that begins there, and a flag says so.
@@ -122,7 +123,11 @@ def _associative(map_BTNGJY, cut_BT):
 
 
 def _chunked(map_BTNGJY, cut_BT, C):
-    """The map of each chunk, all chunks side by side; the states between chunks; then the states inside them."""
+    """The map of each chunk, all chunks side by side; the states between chunks; then the states inside them.
+
+    A product may all but annihilate the state that it meets, and what is left of it is then mostly rounding. The
+    tokens one by one do not have that, so the states between chunks are taken once more from where they lead.
+    """
     B, T, *block, Y = map_BTNGJY.shape
     M = -(-T // C)
 
@@ -151,5 +156,9 @@ def _chunked(map_BTNGJY, cut_BT, C):
         h_BMNGJ, _ = move(h_BMNGJ, token)
         return h_BMNGJ, h_BMNGJ
 
-    _, h_CBMNGJ = lax.scan(within, jnp.moveaxis(before_MBNGJ, 0, 1), tokens)
+    before_BMNGJ = jnp.moveaxis(before_MBNGJ, 0, 1)
+    led_BMNGJ, _ = lax.scan(within, lax.stop_gradient(before_BMNGJ), tokens)
+    again_BMNGJ = jnp.concatenate([before_BMNGJ[:, :1], led_BMNGJ[:, :-1]], axis=1)
+    before_BMNGJ += lax.stop_gradient(again_BMNGJ - before_BMNGJ)  # its gradient is that of the products
+    _, h_CBMNGJ = lax.scan(within, before_BMNGJ, tokens)
     return jnp.moveaxis(h_CBMNGJ, 0, 2).reshape(B, M * C, *block)[:, :T]
