@@ -1,4 +1,4 @@
-"""How fast is each form of each op, and a whole layer beside a peer's? Ratios within one run, never absolute times.
+"""How fast is each form of each op, each architecture, and a layer beside a peer's? Ratios of one run, never times.
 
 python experiments/op_speed.py --out runs/op_speed             # everything below
 python experiments/op_speed.py --ops delta_rule --lengths 1024 4096 --sizes 128 --heads 1 --out runs/quick
@@ -6,6 +6,8 @@ python experiments/op_speed.py --ops delta_rule --lengths 1024 4096 --sizes 128 
 Every row times all forms of one op in turn, A B C A B C ..., and prints medians, and how many times faster than `scan`.
 A form whose compiled program wants more than --memory-limit is left out, with what it would want. `bytes` is that
 program's temporary memory; `growth` is time per token at this length over that at the length before.
+Architectures are at their defaults, beside linear_attention with a state of the same size; its growth is time per
+token at 16,384 over that at 1,024. `--architectures` without names leaves them out.
 Layers are compared with memax 0.1.1 (`pip install memax==0.1.1 equinox`) where it is installed.
 """
 
@@ -41,6 +43,9 @@ class Config:
     layers: bool = True  # compare layers with memax, where it is installed
     repeats: int = 5
     memory_limit: float = 6.0  # GB of temporary memory
+    architectures: tuple[str, ...] = memzoo.names()
+    width: int = 64  # of the architectures
+    growth: tuple[int, int] = (1024, 16384)  # two lengths
 
 
 def arguments(op: str, decay: str, B: int, T: int, H: int, K: int) -> tuple[Any, ...]:
@@ -168,6 +173,45 @@ def measure_layers(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_architectures(config: Config) -> list[dict[str, Any]]:
+    """Each at its defaults, forward and backward, in turn with linear_attention of one head with a state as large."""
+    rows = []
+    for name in tqdm(config.architectures, unit="architecture", leave=False):
+        mixer = memzoo.make(name, width=config.width)
+        floats = state_floats(mixer)
+        size = max(1, round(floats**0.5))
+        peer = memzoo.make("linear_attention", width=config.width, heads=1, key_dim=size, value_dim=size)
+        before = None
+        for T in config.growth:
+            x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((config.batch, T, config.width)), jnp.float32)
+            programs: dict[str, Callable[..., Any]] = {}
+            bytes_of: dict[str, int] = {}
+            for who, layer in (("it", mixer), ("peer", peer)):
+                params = jax.jit(layer.init)(jax.random.key(0), x_BTD[:, :1])
+                loss = lambda params, x_BTD, layer=layer: jnp.sum(layer.apply(params, x_BTD)[0] ** 2)
+                fits, wanted = compile_all({who: jax.grad(loss, argnums=(0, 1))}, (params, x_BTD), config.memory_limit)
+                bytes_of |= wanted
+                if who in fits:
+                    programs[who] = lambda x_BTD, run=fits[who], params=params: run(params, x_BTD)
+            row = {"architecture": name, "width": config.width, "state_floats": floats, "T": T, "bytes": bytes_of["it"]}
+            seconds = time_all(programs, (x_BTD,), config.repeats)
+            if len(seconds) == 2:
+                row["us_per_token"] = round(1e6 * seconds["it"] / T, 2)
+                row["times_linear_attention"] = round(seconds["it"] / seconds["peer"], 2)
+                row["growth"] = round(seconds["it"] / T / before, 2) if before else None
+                before = seconds["it"] / T
+            rows.append(row)
+            found = ", ".join(f"{key} {row.get(key)}" for key in ("us_per_token", "times_linear_attention", "growth"))
+            tqdm.write(f"{name:16} {floats:6,} floats, T={T:6,}: {found}, {row['bytes'] / 1e6:,.0f} MB")
+    return rows
+
+
+def state_floats(mixer: Any) -> int:
+    """Real numbers in the state of one row; two for a complex one."""
+    state = jax.tree.leaves(jax.eval_shape(lambda: mixer.initial_state(1)))
+    return sum(s.size * (1 + jnp.iscomplexobj(s)) for s in state if jnp.issubdtype(s.dtype, jnp.inexact))
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Time per token against T, a panel per op, decay, H and K; forward dashed."""
     panels = list(dict.fromkeys((r["op"], r["decay"], r["H"], r["K"]) for r in rows if "op" in r))
@@ -190,6 +234,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(config: Config) -> list[dict[str, Any]]:
     contract.positive(batch=config.batch, repeats=config.repeats)
+    for name in config.architectures:
+        memzoo.card(name)  # refuses an unknown one
     for op in config.ops:
         if op not in (known := ("linear_scan", "linear_attention", "delta_rule")):
             raise ValueError(f"ops: unknown op {op!r}; {contract.nearest(op, known)}")
@@ -198,6 +244,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     device = jax.devices()[0]
     tqdm.write(f"jax {jax.__version__}, {jax.device_count()} x {device.device_kind}, {time.strftime('%Y-%m-%d')}")
     rows = measure_layers(config) if config.layers else []
+    rows += measure_architectures(config)
     cases = [
         (op, decay, H, K)
         for op in config.ops
@@ -205,10 +252,13 @@ def main(config: Config) -> list[dict[str, Any]]:
         for H in config.heads
         for K in config.sizes
     ]
+    write = lambda: (config.out / "op_speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write()
     for case in tqdm(cases, unit="case", leave=False):
         rows += measure(config, *case)
-        (config.out / "op_speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plot(rows, config.out / "op_speed.png")
+        write()
+    if config.ops:
+        plot(rows, config.out / "op_speed.png")
     return rows
 
 

@@ -9,7 +9,7 @@ from experiments import decode_speed, op_speed
 
 def test_op_speed(tmp_path):
     out = tmp_path / "run"
-    config = op_speed.Config(out, ("linear_scan", "delta_rule"), ("key",), 2, (1,), (4,), (8, 16), False, 1)
+    config = op_speed.Config(out, ("linear_scan", "delta_rule"), ("key",), 2, (1,), (4,), (8, 16), False, 1, 6.0, ())
     rows = op_speed.main(config)
     assert rows == [json.loads(line) for line in (out / "op_speed.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 2 * 3 and (out / "op_speed.png").stat().st_size > 1000
@@ -24,8 +24,24 @@ def test_op_speed(tmp_path):
 
 
 def test_op_speed_leaves_out_what_does_not_fit(tmp_path):
-    config = op_speed.Config(tmp_path, ("delta_rule",), ("head",), 1, (1,), (4,), (8,), False, 1, memory_limit=0)
+    config = op_speed.Config(tmp_path, ("delta_rule",), ("head",), 1, (1,), (4,), (8,), False, 1, 0.0, ())
     assert all("us_per_token" not in row for row in op_speed.main(config))
+
+
+def test_op_speed_of_architectures(tmp_path):
+    names = ("gru", "lru")
+    rows = op_speed.main(
+        op_speed.Config(tmp_path, (), layers=False, repeats=1, architectures=names, width=6, growth=(4, 9))
+    )
+    assert rows == [json.loads(line) for line in (tmp_path / "op_speed.jsonl").read_text().splitlines()]
+    assert [(row["architecture"], row["T"], row["state_floats"]) for row in rows] == [
+        (name, T, floats) for name, floats in (("gru", 6), ("lru", 12)) for T in (4, 9)
+    ]
+    for row in rows:
+        assert row["us_per_token"] > 0 and row["times_linear_attention"] > 0
+        assert (row["growth"] is None) == (row["T"] == 4)
+    with pytest.raises(ValueError, match=r"'lrru'.*did you mean lru"):
+        op_speed.main(op_speed.Config(tmp_path / "other", architectures=("lrru",)))
 
 
 def test_decode_speed(tmp_path, monkeypatch):
