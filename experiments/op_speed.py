@@ -181,7 +181,7 @@ def measure_architectures(config: Config) -> list[dict[str, Any]]:
         floats = state_floats(mixer)
         size = max(1, round(floats**0.5))
         peer = memzoo.make("linear_attention", width=config.width, heads=1, key_dim=size, value_dim=size)
-        before = None
+        before: float | None = None
         for T in config.growth:
             x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((config.batch, T, config.width)), jnp.float32)
             programs: dict[str, Callable[..., Any]] = {}
@@ -193,7 +193,13 @@ def measure_architectures(config: Config) -> list[dict[str, Any]]:
                 bytes_of |= wanted
                 if who in fits:
                     programs[who] = lambda x_BTD, run=fits[who], params=params: run(params, x_BTD)
-            row = {"architecture": name, "width": config.width, "state_floats": floats, "T": T, "bytes": bytes_of["it"]}
+            row: dict[str, Any] = {
+                "architecture": name,
+                "width": config.width,
+                "state_floats": floats,
+                "T": T,
+                "bytes": bytes_of["it"],
+            }
             seconds = time_all(programs, (x_BTD,), config.repeats)
             if len(seconds) == 2:
                 row["us_per_token"] = round(1e6 * seconds["it"] / T, 2)

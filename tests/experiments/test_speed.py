@@ -30,9 +30,8 @@ def test_op_speed_leaves_out_what_does_not_fit(tmp_path):
 
 def test_op_speed_of_architectures(tmp_path):
     names = ("gru", "lru")
-    rows = op_speed.main(
-        op_speed.Config(tmp_path, (), layers=False, repeats=1, architectures=names, width=6, growth=(4, 9))
-    )
+    config = op_speed.Config(tmp_path, (), layers=False, repeats=1, architectures=names, width=6, growth=(4, 9))
+    rows = op_speed.main(config)
     assert rows == [json.loads(line) for line in (tmp_path / "op_speed.jsonl").read_text().splitlines()]
     assert [(row["architecture"], row["T"], row["state_floats"]) for row in rows] == [
         (name, T, floats) for name, floats in (("gru", 6), ("lru", 12)) for T in (4, 9)
