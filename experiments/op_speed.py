@@ -80,14 +80,20 @@ def compile_all(functions: dict[str, Callable[..., Any]], args: tuple[Any, ...],
 def time_all(compiled: dict[str, Callable[..., Any]], args: tuple[Any, ...], repeats: int) -> dict[str, float]:
     """Median seconds of each, run in turn so that a change of the machine's speed meets all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
+
+    def call(program) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        return time.perf_counter() - begin
+
     for _ in range(repeats):
         for name, program in compiled.items():
-            for call in range(4):  # the first pays for the caches and pages that the last program took
-                begin = time.perf_counter()
-                jax.block_until_ready(program(*args))
-                if call:
-                    seconds[name].append(time.perf_counter() - begin)
-                if call and seconds[name][-1] > 0.5:
+            warm = 0.0  # uncounted: for some 0.2 s a program pays for caches and pages that the one before it took
+            while warm < 0.3:
+                warm += call(program)
+            for _ in range(3):
+                seconds[name].append(call(program))
+                if seconds[name][-1] > 0.5:
                     break
     return {name: statistics.median(times) for name, times in seconds.items()}
 
