@@ -83,10 +83,14 @@ _CARDS = (
          "an input-dependent decay per key channel", "GLA"),
     Card("hgrn", "linear attention", "Hierarchically Gated Recurrent Neural Network", "2311.04823",
          "constant", _LINEAR, "a complex recurrence; the forget gate has a lower bound that rises by layer", "HGRN"),
+    Card("hgrn2", "linear attention", "HGRN2: Gated Linear RNNs with State Expansion", "2404.07904", "constant",
+         _LINEAR, "HGRN with a matrix state: GLA whose key is what the forget gate forgets", "HGRN2"),
     Card("deltanet", "delta rule", "Parallelizing Linear Transformers with the Delta Rule", "2406.06484", "constant",
          _LINEAR, "writes correct what the memory holds under a key", "DeltaNet"),
     Card("gated_deltanet", "delta rule", "Gated Delta Networks", "2412.06464", "constant", _LINEAR,
          "the delta rule, and a gate that forgets", "GatedDeltaNet"),
+    Card("kda", "delta rule", "Kimi Linear: An Expressive, Efficient Attention Architecture", "2510.26692", "constant",
+         _LINEAR, "the delta rule, and a gate per key channel that forgets", "KDA"),
 )
 # fmt: on
 

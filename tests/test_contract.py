@@ -40,8 +40,10 @@ FIELDS = {
     "retnet": {"heads": 3, "key_dim": 6, "value_dim": 7},
     "gla": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "hgrn": {"state_size": 7, "lower_bound": 0.3},
+    "hgrn2": {"heads": 3, "key_dim": 5, "value_dim": 7, "lower_bound": 0.3},
     "deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "gated_deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
+    "kda": {"heads": 3, "key_dim": 5, "value_dim": 7, "gate_rank": 6},
 }
 NAMES = memzoo.names()
 FORMS = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms]
