@@ -89,6 +89,9 @@ _CARDS = (
          _LINEAR, "writes correct what the memory holds under a key", "DeltaNet"),
     Card("gated_deltanet", "delta rule", "Gated Delta Networks", "2412.06464", "constant", _LINEAR,
          "the delta rule, and a gate that forgets", "GatedDeltaNet"),
+    Card("delta_product", "delta rule", "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
+         "2502.10297", "constant", _LINEAR, "several steps of the gated delta rule per token, each a reflection at most",
+         "DeltaProduct"),
     Card("kda", "delta rule", "Kimi Linear: An Expressive, Efficient Attention Architecture", "2510.26692", "constant",
          _LINEAR, "the delta rule, and a gate per key channel that forgets", "KDA"),
 )

@@ -43,6 +43,7 @@ FIELDS = {
     "hgrn2": {"heads": 3, "key_dim": 5, "value_dim": 7, "lower_bound": 0.3},
     "deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "gated_deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
+    "delta_product": {"heads": 3, "key_dim": 5, "value_dim": 7, "householders": 4},
     "kda": {"heads": 3, "key_dim": 5, "value_dim": 7, "gate_rank": 6},
 }
 NAMES = memzoo.names()
