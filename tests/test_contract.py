@@ -38,6 +38,7 @@ FIELDS = {
     "stable_ssm": {"state_size": 5},
     "linear_attention": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "retnet": {"heads": 3, "key_dim": 6, "value_dim": 7},
+    "lightning": {"heads": 3, "key_dim": 5, "value_dim": 7, "depth": 0.5},
     "gla": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "hgrn": {"state_size": 7, "lower_bound": 0.3},
     "hgrn2": {"heads": 3, "key_dim": 5, "value_dim": 7, "lower_bound": 0.3},

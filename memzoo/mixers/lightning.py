@@ -1,7 +1,7 @@
 """Lightning Attention as in TransNormerLLM: linear attention whose heads forget at fixed rates, then a norm and a gate.
 
     S_t = lambda S_{t-1} + k_t v_t'        y_t = W_o (SRMSNorm(S_t' q_t) u_t)        SRMSNorm(x) = sqrt(d) x / |x|
-    q, k = silu(W x), silu(W x)            v, u = W x, W x                           each its own W; the norm is over heads
+    q, k = silu(W x), silu(W x)            v, u = W x, W x                each its own W; the norm is over all heads
 
 Source: Qin, Sun, Li, Shen, Sun, Zhong, "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning
 Attention" (2024), arXiv:2405.17381, eq. 4, 9-11 and 14, after "Lightning Attention-2: A Free Lunch for Handling

@@ -1,0 +1,96 @@
+"""Facts of the Lightning Attention papers, arXiv:2405.17381, arXiv:2401.04658 and arXiv:2307.14995."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memzoo
+from memzoo.mixers import lightning, retnet
+
+T, H, K, V = 70, 3, 4, 5
+lightning_attention = jax.jit(lightning.lightning_attention, static_argnums=6)
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=shape).astype(np.float32) for shape in [(1, T, H, K)] * 2 + [(1, T, H, V), (1, H, K, V)]]
+
+
+@pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+def test_is_the_left_product(impl):
+    """O = [(Q K') * M] V with M_ts = lambda^(t - s), eq. 3 with the decays of eq. 9, plus lambda^(t + 1) Q S."""
+    q, k, v, S = inputs()
+    log_lambda = np.array([-0.01, -0.3, -8.0])
+    y_BTHV, S_BHKV = lightning_attention(q, k, v, np.float32(log_lambda), S, None, impl)
+    q, k, v, S = (np.float64(z[0]) for z in (q, k, v, S))
+    distance = np.arange(T)[:, None] - np.arange(T)
+    M = np.where(distance >= 0, np.exp(log_lambda[:, None, None] * np.maximum(distance, 0)), 0)
+    faded = np.exp(log_lambda * np.arange(1, T + 1)[:, None])
+    scores = np.einsum("thk,shk->hts", q, k) * M
+    want = np.einsum("hts,shv->thv", scores, v) + np.einsum("th,thk,hkv->thv", faded, q, S)
+    np.testing.assert_allclose(y_BTHV[0], want, atol=5e-5)
+    last = np.einsum("hs,shk,shv->hkv", M[:, -1], k, v) + faded[-1][:, None, None] * S
+    np.testing.assert_allclose(S_BHKV[0], last, atol=5e-5)
+
+
+@pytest.mark.parametrize("impl", ["scan", "chunk"])
+def test_with_retnets_decays_is_retention(impl):
+    q, k, v, S = inputs()
+    log_gamma_H = np.log1p(-(2.0 ** (-5 - np.arange(H)))).astype(np.float32)
+    ours = lightning_attention(q, k, v, log_gamma_H, S, None, impl)
+    theirs = jax.jit(retnet.retention, static_argnums=6)(q, k, v, log_gamma_H, S, None, "scan")
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_decays_of_the_released_models():
+    """MiniMax's and TransNormerLLM's slopes: 2^(-8 h / H), and with 12 heads those of 8 and every other one of 16."""
+    eight = 2.0 ** -np.arange(1, 9)
+    np.testing.assert_allclose(lightning.log_decays(8, 0, "released"), -eight * (1 + 1e-5))
+    np.testing.assert_allclose(lightning.log_decays(8, 0.25, "released"), -eight * (0.75 + 1e-5))
+    np.testing.assert_allclose(lightning.log_decays(8, 1, "released"), -eight * 1e-5)
+    twelve = np.concatenate([eight, 2.0 ** -np.arange(0.5, 4)])
+    np.testing.assert_allclose(lightning.log_decays(12, 0, "released"), -twelve * (1 + 1e-5))
+
+
+def test_decays_of_the_paper():
+    """Eq. 10."""
+    np.testing.assert_allclose(lightning.log_decays(8, 0, "paper"), -np.arange(1.0, 9))
+    np.testing.assert_allclose(lightning.log_decays(4, 0.5, "paper"), [-1, -2, -3, -4])
+
+
+@pytest.mark.parametrize("slopes", ["released", "paper"])
+def test_each_head_forgets_at_its_own_rate_at_any_width(slopes):
+    """A token of zeros writes nothing; the rates have no parameters."""
+    mixer = memzoo.make("lightning", width=6, heads=2, depth=0.5, slopes=slopes)
+    x_BTD = np.random.default_rng(0).standard_normal((1, 1, 6)).astype(np.float32)
+    params, run = jax.jit(mixer.init)(jax.random.key(0), x_BTD), jax.jit(mixer.apply)
+    before = run(params, x_BTD, mixer.initial_state(1))[1].S_BHKV
+    after = run(params, 0 * x_BTD, lightning.State(before))[1].S_BHKV
+    rates = {"released": [2**-4 * 0.50001, 2**-8 * 0.50001], "paper": [2, 4]}[slopes]
+    np.testing.assert_allclose(after[0], np.exp(-np.array(rates))[:, None, None] * before[0], rtol=1e-6)
+
+
+def test_the_norm_takes_all_heads_together_and_has_no_scale():
+    """However large the values, y has the gate's size: |y|^2 = H V u^2 with unit gates and an orthogonal output map."""
+    mixer = memzoo.make("lightning", width=6, heads=2)
+    x_BTD = np.random.default_rng(0).standard_normal((1, 9, 6)).astype(np.float32)
+    params = jax.jit(mixer.init)(jax.random.key(0), x_BTD)["params"]
+    assert set(params) == {"q", "k", "v", "gate", "out"}, "SRMSNorm has no parameters"
+    x_BTD[..., 0] = 1
+    ones = np.zeros((6, 2, 3), np.float32)
+    ones[0] = 1
+    run = jax.jit(mixer.apply)
+    for scale in (1, 100):
+        v = {"kernel": scale * params["v"]["kernel"]}
+        changed = {**params, "v": v, "gate": {"kernel": ones}, "out": {"kernel": np.eye(6).reshape(2, 3, 6)}}
+        y_BTD, _ = run({"params": jax.tree.map(jnp.float32, changed)}, x_BTD)
+        np.testing.assert_allclose(np.sum(np.square(y_BTD), -1), 6, rtol=1e-3)
+
+
+def test_bad_fields_are_named():
+    with pytest.raises(ValueError, match=r"depth: expected 0 <= depth <= 1, got 1.5"):
+        memzoo.make("lightning", width=8, depth=1.5)
+    with pytest.raises(ValueError, match=r"slopes: unknown slopes 'papers'; did you mean paper"):
+        memzoo.make("lightning", width=8, slopes="papers")
