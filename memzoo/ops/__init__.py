@@ -4,6 +4,7 @@ from memzoo.ops.affine_scan import affine_scan
 from memzoo.ops.delta_rule import delta_rule
 from memzoo.ops.diagonal_ssm import diagonal_ssm, zero_order_hold
 from memzoo.ops.direction_scan import direction, direction_scan
+from memzoo.ops.dplr_delta_rule import dplr_delta_rule
 from memzoo.ops.hippo_memory import hippo_memory, reconstruct
 from memzoo.ops.linear_attention import linear_attention, normalised_linear_attention
 from memzoo.ops.linear_scan import linear_scan
