@@ -6,11 +6,15 @@ python experiments/op_speed.py --ops delta_rule --lengths 1024 4096 --sizes 128 
 Every row times all forms of one op in turn, A B C A B C ..., and prints medians, and how many times faster than `scan`.
 A form whose compiled program wants more than --memory-limit is left out, with what it would want. `bytes` is that
 program's temporary memory; `growth` is time per token at this length over that at the length before.
-Architectures are at their defaults, beside linear_attention with a state of the same size; its growth is time per
+Architectures are at their defaults, beside linear_attention with a state of the same size; their growth is time per
 token at 16,384 over that at 1,024. `--architectures` without names leaves them out.
+
+Temporaries of more than 32 MB cost page faults at every call, which at T = 16,384 is most of the time of what does
+little per token. `--keep-pages` measures without (see memzoo.host).
 Layers are compared with memax 0.1.1 (`pip install memax==0.1.1 equinox`) where it is installed.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -28,7 +32,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import memzoo
-from memzoo import checkpoint, contract, ops
+from memzoo import checkpoint, contract, host, ops
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Config:
     architectures: tuple[str, ...] = memzoo.names()
     width: int = 64  # of the architectures
     growth: tuple[int, int] = (1024, 16384)  # two lengths
+    keep_pages: bool = False  # see memzoo.host: time without what the system takes to hand out memory
 
 
 def arguments(op: str, decay: str, B: int, T: int, H: int, K: int) -> tuple[Any, ...]:
@@ -179,42 +184,35 @@ def measure_layers(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_architectures(config: Config) -> list[dict[str, Any]]:
-    """Each at its defaults, forward and backward, in turn with linear_attention of one head with a state as large."""
-    rows = []
-    for name in tqdm(config.architectures, unit="architecture", leave=False):
-        mixer = memzoo.make(name, width=config.width)
-        floats = state_floats(mixer)
-        size = max(1, round(floats**0.5))
-        peer = memzoo.make("linear_attention", width=config.width, heads=1, key_dim=size, value_dim=size)
-        before: float | None = None
+def measure_architecture(config: Config, name: str) -> list[dict[str, Any]]:
+    """At its defaults, forward and backward, in turn with linear_attention of one head with a state as large."""
+    mixer = memzoo.make(name, width=config.width)
+    size = max(1, round(state_floats(mixer) ** 0.5))
+    peer = memzoo.make("linear_attention", width=config.width, heads=1, key_dim=size, value_dim=size)
+    programs: dict[str, Callable[..., Any]] = {}
+    wanted: dict[str, int] = {}
+    for who, layer in (("it", mixer), ("peer", peer)):
+        loss = lambda params, x_BTD, layer=layer: jnp.sum(layer.apply(params, x_BTD)[0] ** 2)
         for T in config.growth:
             x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((config.batch, T, config.width)), jnp.float32)
-            programs: dict[str, Callable[..., Any]] = {}
-            bytes_of: dict[str, int] = {}
-            for who, layer in (("it", mixer), ("peer", peer)):
-                params = jax.jit(layer.init)(jax.random.key(0), x_BTD[:, :1])
-                loss = lambda params, x_BTD, layer=layer: jnp.sum(layer.apply(params, x_BTD)[0] ** 2)
-                fits, wanted = compile_all({who: jax.grad(loss, argnums=(0, 1))}, (params, x_BTD), config.memory_limit)
-                bytes_of |= wanted
-                if who in fits:
-                    programs[who] = lambda x_BTD, run=fits[who], params=params: run(params, x_BTD)
-            row: dict[str, Any] = {
-                "architecture": name,
-                "width": config.width,
-                "state_floats": floats,
-                "T": T,
-                "bytes": bytes_of["it"],
-            }
-            seconds = time_all(programs, (x_BTD,), config.repeats)
-            if len(seconds) == 2:
-                row["us_per_token"] = round(1e6 * seconds["it"] / T, 2)
-                row["times_linear_attention"] = round(seconds["it"] / seconds["peer"], 2)
-                row["growth"] = round(seconds["it"] / T / before, 2) if before else None
-                before = seconds["it"] / T
-            rows.append(row)
-            found = ", ".join(f"{key} {row.get(key)}" for key in ("us_per_token", "times_linear_attention", "growth"))
-            tqdm.write(f"{name:16} {floats:6,} floats, T={T:6,}: {found}, {row['bytes'] / 1e6:,.0f} MB")
+            params = jax.jit(layer.init)(jax.random.key(0), x_BTD[:, :1])
+            gradient = {f"{who} {T}": jax.grad(loss, argnums=(0, 1))}
+            fits, bytes_of = compile_all(gradient, (params, x_BTD), config.memory_limit)
+            wanted |= bytes_of
+            programs |= {key: functools.partial(program, params, x_BTD) for key, program in fits.items()}
+    seconds = time_all(programs, (), config.repeats)
+    rows: list[dict[str, Any]] = []
+    for T in config.growth:
+        row: dict[str, Any] = {"architecture": name, "width": config.width, "T": T, "bytes": wanted[f"it {T}"]}
+        row |= {"state_floats": state_floats(mixer), "peer_floats": state_floats(peer)}
+        if f"it {T}" in seconds and f"peer {T}" in seconds:
+            row["us_per_token"] = round(1e6 * seconds[f"it {T}"] / T, 2)
+            row["times_linear_attention"] = round(seconds[f"it {T}"] / seconds[f"peer {T}"], 2)
+            before = rows[0].get("us_per_token") if rows else None
+            row["growth"] = round(row["us_per_token"] / before, 2) if before else None
+        rows.append(row)
+        found = ", ".join(f"{key} {row.get(key)}" for key in ("us_per_token", "times_linear_attention", "growth"))
+        tqdm.write(f"{name:16} {row['state_floats']:7,} floats, T={T:6,}: {found}, {row['bytes'] / 1e6:,.0f} MB")
     return rows
 
 
@@ -252,11 +250,12 @@ def main(config: Config) -> list[dict[str, Any]]:
         if op not in (known := ("linear_scan", "linear_attention", "delta_rule")):
             raise ValueError(f"ops: unknown op {op!r}; {contract.nearest(op, known)}")
     checkpoint.check(config.out, {}, resume=False)
+    if config.keep_pages and not host.keep_pages():
+        raise ValueError("keep_pages: expected a system whose C library is glibc")
     config.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     tqdm.write(f"jax {jax.__version__}, {jax.device_count()} x {device.device_kind}, {time.strftime('%Y-%m-%d')}")
     rows = measure_layers(config) if config.layers else []
-    rows += measure_architectures(config)
     cases = [
         (op, decay, H, K)
         for op in config.ops
@@ -266,6 +265,9 @@ def main(config: Config) -> list[dict[str, Any]]:
     ]
     write = lambda: (config.out / "op_speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write()
+    for name in tqdm(config.architectures, unit="architecture", leave=False):
+        rows += measure_architecture(config, name)
+        write()
     for case in tqdm(cases, unit="case", leave=False):
         rows += measure(config, *case)
         write()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A part imports the parts below its layer and, where it is a folder of one piece, itself.
 LAYERS = (
     ("memzoo_kernels",),
-    ("contract",),
+    ("contract", "host"),
     ("ops",),
     ("mixers", "zoo"),  # zoo finds mixers by name, when asked
     ("models",),
