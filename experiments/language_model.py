@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from memzoo import checkpoint, contract, parallel, train
+from memzoo import checkpoint, contract, host, parallel, train
 from memzoo.models.backbone import LanguageModel, describe
 from memzoo.sample import check_settings, generate
 from memzoo.tasks import text
@@ -195,6 +195,7 @@ def plot(rows, path):
 
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
+    host.keep_pages()
     try:
         main(config)
     except (ValueError, NotImplementedError, train.NonFiniteError) as error:

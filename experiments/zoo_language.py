@@ -33,7 +33,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import memzoo
-from memzoo import checkpoint, contract
+from memzoo import checkpoint, contract, host
 from memzoo.models.backbone import describe
 from memzoo.tasks import text
 
@@ -79,6 +79,8 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
         jax.clear_caches()  # or the programs of all would stay in memory
     write(config, rows, baseline)
     print("\n" + (config.out / "table.md").read_text())
+    if worse := [name for name, row in rows.items() if row.get("val_loss", 0) >= baseline["bigram"]]:
+        print(f"no better than counts of pairs of bytes: {', '.join(worse)}")
     return rows
 
 
@@ -204,6 +206,7 @@ def plot(rows, baseline, path):
 
 
 if __name__ == "__main__":
+    host.keep_pages()
     try:
         rows = main(tyro.cli(Config, description=__doc__))
     except (ValueError, NotImplementedError) as error:

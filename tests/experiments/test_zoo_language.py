@@ -65,6 +65,16 @@ def test_a_run_leaves_what_it_says(whole):
     assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_what_does_no_better_than_pairs(whole, capsys):
+    config, rows = whole
+    assert zoo_language.main(replace(config, resume=True)) == rows, "nothing is trained again"
+    corpus = text.corpus(None, config.window)
+    bigram = zoo_language.baselines(corpus, config.window, config.eval_windows)["bigram"]
+    worse = [name for name, row in rows.items() if row["val_loss"] >= bigram]
+    assert worse, "30 steps are too few"
+    assert capsys.readouterr().out.endswith(f"no better than counts of pairs of bytes: {', '.join(worse)}\n")
+
+
 def parameters(out):
     """How many numbers the last checkpoint holds of them."""
     with checkpoint.manager(out) as checkpoints:
