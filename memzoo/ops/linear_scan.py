@@ -38,7 +38,8 @@ def linear_scan(
 ) -> tuple[jax.Array, jax.Array]:
     """All T tokens. Returns (h_BTX, h_BX), every state and the last one, in float32 or wider.
 
-    a_BTX, x_BTX: real or complex; |a| <= 1 keeps the state bounded. h_BX: the incoming state, zeros by default.
+    a_BTX, x_BTX: real or complex. h_BX: the incoming state, zeros by default. The forms agree for |a| <= 1: above
+    it, products of a, which `scan` alone does not form, may overflow where no state does, and inf times 0 is NaN.
     reset_BT: bool, where True the token begins a new sequence. impl: 'scan', 'associative', 'chunk' or 'auto'.
     All forms are differentiable in a, x and h, any number of times; forward mode is `scan`'s alone.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.

@@ -65,17 +65,32 @@ def test_forms_agree_with_the_equation(kind, x64):
                 np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * 100)
 
 
+@pytest.mark.parametrize("kind", ("signs", "complex"))
 @pytest.mark.parametrize("impl", FORMS)
-def test_gradient_is_the_difference_quotient(impl):
+def test_gradient_is_the_difference_quotient(impl, kind):
     """In float64 and in every array, against (f(z + e) - f(z - e)) / 2e along a random direction."""
     with jax.enable_x64(True):
-        *arrays, reset = make("signs")
+        *arrays, reset = make(kind)
         w = [np.cos(np.arange(B * T * X)).reshape(B, T, X), np.ones((B, X))]
-        along = [np.sin(1 + np.arange(a.size)).reshape(a.shape) for a in arrays]
+        turn = 1 + 0.5j if kind == "complex" else 1
+        along = [turn * np.sin(1 + np.arange(a.size)).reshape(a.shape) for a in arrays]
         f = lambda e: RUN[impl]([jnp.asarray(a + e * d) for a, d in zip(arrays, along, strict=True)], reset, *w)
         _, gradients = f(0.0)
-        slope = sum(float(jnp.sum(g * d)) for g, d in zip(gradients, along, strict=True))
+        slope = sum(np.sum(np.real(g * d)) for g, d in zip(gradients, along, strict=True))
         np.testing.assert_allclose(slope, (f(1e-5)[0][0] - f(-1e-5)[0][0]) / 2e-5, rtol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ("zeros", "complex"))
+@pytest.mark.parametrize("impl", ("associative", "chunk"))
+def test_second_derivatives_are_those_of_the_scan(impl, kind):
+    *arrays, reset = make(kind)
+    w = [jnp.asarray(np.cos(np.arange(B * T * X)).reshape(B, T, X), jnp.float32), jnp.ones((B, X))]
+    size = lambda g: jnp.sum(jnp.real(g) ** 2 + jnp.imag(g) ** 2)
+    squares = lambda impl: jax.grad(lambda arrays: sum(size(g) for g in RUN[impl](arrays, reset, *w)[1]))
+    arrays = [jnp.asarray(a) for a in arrays]
+    for got, want in zip(squares(impl)(arrays), squares("scan")(arrays), strict=True):
+        assert np.abs(want).max() > 0
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -94,10 +109,11 @@ def test_nothing_crosses_a_reset(impl):
 
 
 @pytest.mark.parametrize("length", (1, 2, CHUNK, CHUNK + 1))
-def test_any_length(length):
+@pytest.mark.parametrize("impl", FORMS)
+def test_any_length(impl, length):
     a, x, h, reset = make("signs")
     want_BTX, want_BX = in_numpy(a[:, :length], x[:, :length], h, reset[:, :length])
-    h_BTX, h_BX = ops.linear_scan(a[:, :length], x[:, :length], h, reset[:, :length], impl="chunk", chunk=CHUNK)
+    h_BTX, h_BX = ops.linear_scan(a[:, :length], x[:, :length], h, reset[:, :length], impl=impl, chunk=CHUNK)
     np.testing.assert_allclose(h_BTX, want_BTX, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(h_BX, want_BX, rtol=1e-5, atol=1e-5)
 
