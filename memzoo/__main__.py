@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 import memzoo
 
+WIDTH = 256  # of a card, unless --width says another
+
 
 def listing(family: str | None, columns: int) -> str:
     """A line per architecture under its family, no wider than `columns` where that leaves room for words."""
@@ -88,11 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--family", help="only the architectures of this family")
     what.add_argument("--card", metavar="NAME", help="all about one: equation, source, forms, sizes, fields")
-    parser.add_argument("--width", type=int, default=256, help="the width that a card gives sizes for (%(default)s)")
+    parser.add_argument("--width", type=int, help=f"the width that a card gives sizes for ({WIDTH})")
     given = parser.parse_args(arguments)
     columns = shutil.get_terminal_size().columns
     try:
-        print(card(given.card, given.width, columns) if given.card else listing(given.family, columns))
+        if given.card is not None:
+            print(card(given.card, WIDTH if given.width is None else given.width, columns))
+        elif given.width is not None:
+            raise ValueError("width: expected --card NAME beside it, as a card alone has sizes")
+        else:
+            print(listing(given.family, columns))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
