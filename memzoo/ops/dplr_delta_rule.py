@@ -62,10 +62,10 @@ def dplr_delta_rule(
     """
     positive(chunk=chunk)
     check_impl("dplr_delta_rule", impl, FORMS)
-    arrays = {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV, "a_BTHK": a_BTHK, "b_BTHK": b_BTHK}
-    check_shapes(**arrays, S_BHKV=S_BHKV, reset_BT=reset_BT)
+    check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, a_BTHK=a_BTHK, b_BTHK=b_BTHK)
+    check_shapes(q_BTHK=q_BTHK, v_BTHV=v_BTHV, S_BHKV=S_BHKV, reset_BT=reset_BT)
     log_decay = check_log_decay(q_BTHK, log_decay)
-    return _forms(*arrays.values(), log_decay, S_BHKV, reset_BT, impl=impl, chunk=chunk)
+    return _forms(q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, S_BHKV, reset_BT, impl=impl, chunk=chunk)
 
 
 @partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
@@ -127,7 +127,7 @@ def _products(q_BHCK, k_BHCK, v_BHCV, a_BHCK, b_BHCK, d):
     a reads the state that the token before it leaves: it takes that token's place, and then comes back to its own.
     """
     rows_RBHCK = jnp.stack([q_BHCK, _later(a_BHCK)])
-    with_k, with_b = chunks.products(rows_RBHCK, k_BHCK, d), chunks.products(rows_RBHCK, b_BHCK, d)
+    with_k, with_b = jax.vmap(chunks.products, (None, 0, None))(rows_RBHCK, jnp.stack([k_BHCK, b_BHCK]), d)
     MV_BHCV = chunks.matmul("bhij,bhjv->bhiv", _earlier(with_k[1]).astype(v_BHCV.dtype), v_BHCV)
     y_BHCV = chunks.matmul("bhij,bhjv->bhiv", with_k[0].astype(v_BHCV.dtype), v_BHCV)
     return -_earlier(with_b[1]), with_b[0], MV_BHCV, y_BHCV
