@@ -4,6 +4,8 @@ Dims: B batch, T time, D width.
 """
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,6 +80,12 @@ def positive(**fields: int) -> None:
     for name, value in fields.items():
         if not whole_number(value) or value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def finite(**fields: float) -> None:
+    for name, value in fields.items():
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def whole_number(value: Any) -> bool:

@@ -5,16 +5,17 @@
     y_t = LN(W_3 [Re S_t; Im S_t] + b_3) g_t + (W_5 x_t + b_5) (1 - g_t)
 
 Source: Morad, Kortvelesy, Liwicki, Prorok, "Reinforcement Learning with Fast and Forgetful Memory" (2023),
-arXiv:2310.04128, sec. 4; sizes, initialisation and the LayerNorm without parameters from the released code.
-Differs: an episode may end anywhere in a call. The released scan combines `done` flags by the later one alone, which is
-not associative; here they are OR-ed. alpha and omega are shared by their row and column, as in the paper, and alpha is
-clipped nowhere, since powers of gamma are never inverted. LN comes before the output gate, as in the code of the
-paper's experiments; the released JAX version has it after.
+arXiv:2310.04128, sec. 4; sizes, initialisation, the LayerNorm without parameters and its place before the output gate
+from the code of the paper's experiments.
+Differs: alpha is clipped nowhere, since powers of gamma are never inverted. An episode may end anywhere in a call: the
+released JAX version's scan combines `done` flags by the later one alone, which is not associative; here they are OR-ed.
+That version has LN after the output gate, and alpha from e down to 1e-6 at the start: neither is so here.
 
 Dims: B batch, T time, D width, M traces, C contexts, X = M C.
 """
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -39,15 +40,15 @@ def step(S_MC, x_M, alpha_M, omega_C):
 class FFM(nn.Module):
     """x_BTD -> (y_BTD, State). The state is complex64, or complex128 when `dtype` is float64.
 
-    Raises ValueError, by name, for sizes below 1, for periods out of order, and for inputs, state or resets that do not
-    fit.
+    Raises ValueError, by name, for sizes below 1, for periods out of order or not finite, and for inputs, state or
+    resets that do not fit.
     """
 
     width: int
     traces: int = 32  # M, the paper's memory size
     contexts: int = 4  # C
     min_period: float = 1.0  # of omega at the start, in tokens
-    max_period: float = 1024.0
+    max_period: float = 1024.0  # and what the slowest trace takes to fade to 1%
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -55,6 +56,7 @@ class FFM(nn.Module):
     def sizes(self) -> tuple[int, int]:
         """(M, C)"""
         contract.positive(width=self.width, traces=self.traces, contexts=self.contexts)
+        contract.finite(min_period=self.min_period, max_period=self.max_period)
         if not 0 < self.min_period <= self.max_period:
             periods = f"{self.min_period}, {self.max_period}"
             raise ValueError(f"min_period, max_period: expected 0 < min_period <= max_period, got {periods}")
@@ -70,19 +72,21 @@ class FFM(nn.Module):
     ) -> tuple[jax.Array, State]:
         state = contract.begin(self, x_BTD, state, reset_BT)
         (M, C), D, wide = self.sizes(), self.width, contract.state_dtype(self.dtype)
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        gates: dict[str, Any] = {"dtype": wide, "param_dtype": self.param_dtype}
 
-        x_BTM = nn.Dense(M, name="in", **kinds)(x_BTD) * nn.sigmoid(nn.Dense(M, name="in_gate", **gates)(x_BTD))
-        alpha_M = self.param("alpha", fading, (M,), self.param_dtype).astype(wide)
+        def dense(name, size, inputs, dtype=self.dtype):
+            init, kinds = within(inputs**-0.5), {"dtype": dtype, "param_dtype": self.param_dtype}
+            return nn.Dense(size, kernel_init=init, bias_init=init, name=name, **kinds)
+
+        x_BTM = dense("in", M, D)(x_BTD) * nn.sigmoid(dense("in_gate", M, D, wide)(x_BTD))
+        alpha_M = self.param("alpha", fading(self.max_period), (M,), self.param_dtype).astype(wide)
         omega_C = self.param("omega", turning(self.min_period, self.max_period), (C,), self.param_dtype).astype(wide)
         S_BTMC, S_BMC = aggregate(x_BTM.astype(wide), alpha_M, omega_C, state.S_BMC, reset_BT, self.impl)
 
         S_BTX = S_BTMC.reshape(*x_BTM.shape[:2], M * C)
-        z_BTD = nn.Dense(D, name="mix", **kinds)(jnp.concatenate([S_BTX.real, S_BTX.imag], axis=-1))
-        z_BTD = nn.LayerNorm(epsilon=1e-5, use_scale=False, use_bias=False, **kinds)(z_BTD)
-        g_BTD = nn.sigmoid(nn.Dense(D, name="out_gate", **gates)(x_BTD))
-        y_BTD = z_BTD * g_BTD + nn.Dense(D, name="skip", **kinds)(x_BTD) * (1 - g_BTD)
+        z_BTD = dense("mix", D, 2 * M * C)(jnp.concatenate([S_BTX.real, S_BTX.imag], axis=-1))
+        z_BTD = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_scale=False, use_bias=False)(z_BTD)
+        g_BTD = nn.sigmoid(dense("out_gate", D, D, wide)(x_BTD))
+        y_BTD = z_BTD * g_BTD + dense("skip", D, D)(x_BTD) * (1 - g_BTD)
         return y_BTD.astype(self.dtype), State(S_BMC)
 
 
@@ -98,11 +102,21 @@ def aggregate(x_BTM, alpha_M, omega_C, S_BMC, reset_BT, impl="auto"):
     return S_BTX.reshape(B, T, M, C), S_BX.reshape(B, M, C)
 
 
-def fading(key, shape, dtype=float):
-    """Evenly from e to 1e-6: a trace fades to 1/e in as little as 1/e tokens, or in a million."""
-    return jnp.linspace(-math.e, -1e-6, *shape, dtype=dtype)
+def fading(max_period):
+    """Evenly from -0.673, which leaves 1% of a trace after 7 tokens, to what leaves 1% after max_period.
+
+    0.673 is log(1.8e308) / 1024 - 0.02: the experiments' form takes gamma^-1024, which has to stay within float64.
+    """
+    fastest = 0.02 - math.log(sys.float_info.max) / 1024
+    slowest = max(math.log(0.01) / max_period, fastest)
+    return lambda key, shape, dtype=float: jnp.linspace(fastest, slowest, *shape, dtype=dtype)
 
 
 def turning(min_period, max_period):
     """Periods evenly from one to the other."""
     return lambda key, shape, dtype=float: (2 * math.pi / jnp.linspace(min_period, max_period, *shape)).astype(dtype)
+
+
+def within(bound):
+    """Uniform in +-bound. 1/sqrt(D) for a layer of D inputs, its weights and its bias, is PyTorch's default."""
+    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -1,14 +1,15 @@
-"""HGRN: a complex diagonal recurrence whose forget gate cannot fall below a bound that rises from layer to layer.
+"""HGRN: a complex diagonal recurrence whose forget gate cannot fall below a bound.
 
     f_t = bound + (1 - bound) sigmoid(W_f x_t + b_f)        c_t = silu(W_r x_t + b_r) + i silu(W_i x_t + b_i)
     h_t = f_t exp(i theta) h_{t-1} + (1 - f_t) c_t          y_t = W_o (LN([Re h_t; Im h_t]) silu(W_g x_t + b_g)) + b_o
 
 Source: Qin, Yang, Zhong, "Hierarchically Gated Recurrent Neural Network for Sequence Modeling" (2023),
-arXiv:2311.04823, sec. 3.2 (HGRU: the gates, theta independent of the input, the lower bound); the initial theta, the
+arXiv:2311.04823, sec. 3.2 (HGRU: the gates, theta independent of the input, the lower bound); the initialisation, the
 activations and the order of LayerNorm and output gate from the released code (hgru-pytorch).
-Differs: the paper learns its bounds over all layers at once, a cumulative sum of a softmax over layers for each
-channel. A mixer knows no other layer, so `lower_bound` is one fixed number; where the paper's bounds start, it is
-l / layers for layer l = 0, 1, ...
+Differs: in the paper the bound rises from layer to layer, and all are learned at once, a cumulative sum of a softmax
+over layers for each channel. A mixer knows no other layer, so `lower_bound` is one fixed number, 0 by default. A stack
+in which it rises is built layer by layer, with l / layers for l = 0, 1, ..., where the paper's bounds start;
+LanguageModel gives all its layers of one kind the same.
 
 Dims: B batch, T time, D width, N state size, E = 2 N, real parts before imaginary ones.
 """
@@ -50,6 +51,7 @@ class HGRN(nn.Module):
         """N"""
         N = self.width if self.state_size is None else self.state_size
         contract.positive(width=self.width, state_size=N)
+        contract.finite(lower_bound=self.lower_bound)
         if not 0 <= self.lower_bound < 1:
             raise ValueError(f"lower_bound: expected 0 <= lower_bound < 1, got {self.lower_bound}")
         return N
@@ -63,20 +65,24 @@ class HGRN(nn.Module):
         self, x_BTD: jax.Array, state: State | None = None, reset_BT: jax.Array | None = None
     ) -> tuple[jax.Array, State]:
         state = contract.begin(self, x_BTD, state, reset_BT)
-        N, wide = self.size(), contract.state_dtype(self.dtype)
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        N, D, wide = self.size(), self.width, contract.state_dtype(self.dtype)
 
-        f_BTN = nn.sigmoid(nn.Dense(N, dtype=wide, param_dtype=self.param_dtype, name="forget")(x_BTD))
+        def dense(name, size, inputs, dtype=self.dtype):
+            init, kinds = within(inputs**-0.5), {"dtype": dtype, "param_dtype": self.param_dtype}
+            return nn.Dense(size, kernel_init=init, bias_init=init, name=name, **kinds)
+
+        f_BTN = nn.sigmoid(dense("forget", N, D, wide)(x_BTD))
         f_BTN = self.lower_bound + (1 - self.lower_bound) * f_BTN
-        c_BTE = nn.silu(nn.Dense(2 * N, name="in", **kinds)(x_BTD)).astype(wide)
+        c_BTE = nn.silu(dense("in", 2 * N, D)(x_BTD)).astype(wide)
         c_BTN = lax.complex(c_BTE[..., :N], c_BTE[..., N:])
         theta_N = self.param("theta", rotary, (N,), self.param_dtype).astype(wide)
 
         h_BTN, h_BN = hgru(f_BTN, c_BTN, theta_N, state.h_BN, reset_BT, self.impl)
 
-        gate_BTE = nn.silu(nn.Dense(2 * N, name="gate", **kinds)(x_BTD))
-        h_BTE = nn.LayerNorm(epsilon=1e-5, name="norm", **kinds)(jnp.concatenate([h_BTN.real, h_BTN.imag], axis=-1))
-        return nn.Dense(self.width, name="out", **kinds)(h_BTE * gate_BTE), State(h_BN)
+        gate_BTE = nn.silu(dense("gate", 2 * N, D)(x_BTD))
+        h_BTE = jnp.concatenate([h_BTN.real, h_BTN.imag], axis=-1)
+        h_BTE = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(h_BTE)
+        return dense("out", D, 2 * N)(h_BTE * gate_BTE), State(h_BN)
 
 
 def hgru(f_BTN, c_BTN, theta_N, h_BN, reset_BT, impl="auto"):
@@ -90,3 +96,8 @@ def hgru(f_BTN, c_BTN, theta_N, h_BN, reset_BT, impl="auto"):
 def rotary(key, shape, dtype=float):
     """10000^(-2 n / N): a turn per token from 1 down to 1e-8, twice the range of rotary position codes."""
     return 10000 ** (-2 * jnp.arange(*shape, dtype=dtype) / shape[0])
+
+
+def within(bound):
+    """Uniform in +-bound. 1/sqrt(D) for a layer of D inputs, its weights and its bias, is PyTorch's default."""
+    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)

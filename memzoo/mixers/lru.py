@@ -36,8 +36,8 @@ def step(h_N, x_D, lambda_N, gamma_N, B_ND, C_DN, D_D):
 class LRU(nn.Module):
     """x_BTD -> (y_BTD, State). The state is complex64, or complex128 when `dtype` is float64.
 
-    Raises ValueError, by name, for a ring outside of 0 <= r_min < r_max <= 1, and for inputs, state or resets that do
-    not fit.
+    Raises ValueError, by name, for a ring outside of 0 <= r_min < r_max <= 1, a phase that is not a finite number > 0,
+    and for inputs, state or resets that do not fit.
     """
 
     width: int
@@ -53,6 +53,7 @@ class LRU(nn.Module):
         """N"""
         N = self.width if self.state_size is None else self.state_size
         contract.positive(width=self.width, state_size=N)
+        contract.finite(r_min=self.r_min, r_max=self.r_max, max_phase=self.max_phase)
         if not 0 <= self.r_min < self.r_max <= 1:
             raise ValueError(f"r_min, r_max: expected 0 <= r_min < r_max <= 1, got {self.r_min}, {self.r_max}")
         if not self.max_phase > 0:

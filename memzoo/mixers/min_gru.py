@@ -4,7 +4,7 @@
     h_t = (1 - z_t) h_{t-1} + z_t c_t   y_t = W_out h_t + b_out
 
 Source: Feng, Tung, Ahmed, Bengio, Hajimirsadeghi, "Were RNNs All We Needed?" (2024), arXiv:2410.01201, sec. 3.1; g and
-the log-space form, appendix B; biases and the projection of h as in the released code.
+the log-space form, appendix B; biases, initialisation and the projection of h as in the released code.
 Differs: h is computed as it stands, not as the exponential of a log-space scan: the recurrence is a weighted mean, so
 nothing can overflow, and without g it may change sign. A new sequence begins at 0, as in the released code by default.
 
@@ -64,12 +64,15 @@ class MinGRU(nn.Module):
     ) -> tuple[jax.Array, State]:
         state = contract.begin(self, x_BTD, state, reset_BT)
         F, wide = self.size(), contract.state_dtype(self.dtype)
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        z_BTF = nn.Dense(F, dtype=wide, param_dtype=self.param_dtype, name="gate")(x_BTD)
-        c_BTF = nn.Dense(F, name="candidate", **kinds)(x_BTD).astype(wide)
+        def dense(name, size, inputs, dtype=self.dtype):
+            init, kinds = within(inputs**-0.5), {"dtype": dtype, "param_dtype": self.param_dtype}
+            return nn.Dense(size, kernel_init=init, bias_init=init, name=name, **kinds)
+
+        z_BTF = dense("gate", F, self.width, wide)(x_BTD)
+        c_BTF = dense("candidate", F, self.width)(x_BTD).astype(wide)
         h_BTF, h_BF = min_gru(z_BTF, c_BTF, state.h_BF, reset_BT, self.positive, self.impl)
-        return nn.Dense(self.width, name="out", **kinds)(h_BTF), State(h_BF)
+        return dense("out", self.width, F)(h_BTF), State(h_BF)
 
 
 def min_gru(z_BTF, c_BTF, h_BF, reset_BT, positive=True, impl="auto"):
@@ -78,3 +81,8 @@ def min_gru(z_BTF, c_BTF, h_BF, reset_BT, positive=True, impl="auto"):
     if impl == "scan":
         return ops.recur(partial(step, act=act), h_BF, (z_BTF, c_BTF), reset_BT)
     return ops.linear_scan(nn.sigmoid(-z_BTF), nn.sigmoid(z_BTF) * act(c_BTF), h_BF, reset_BT, impl=impl)
+
+
+def within(bound):
+    """Uniform in +-bound. 1/sqrt(D) for a layer of D inputs, its weights and its bias, is PyTorch's default."""
+    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)

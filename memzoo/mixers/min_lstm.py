@@ -5,7 +5,7 @@
     h_t = f' h_{t-1} + i' c_t                           y_t = W_out h_t + b_out
 
 Source: Feng, Tung, Ahmed, Bengio, Hajimirsadeghi, "Were RNNs All We Needed?" (2024), arXiv:2410.01201, sec. 3.2; g and
-the log-space form, appendix B; biases, forget_bias and the projection of h as in the released code.
+the log-space form, appendix B; biases, initialisation, forget_bias and the projection of h as in the released code.
 Differs: h is computed as it stands, not as the exponential of a log-space scan: the recurrence is a weighted mean, so
 nothing can overflow, and without g it may change sign. A new sequence begins at 0, as in the released code by default.
 
@@ -47,13 +47,14 @@ def step(h_F, f_F, i_F, c_F, act):
 class MinLSTM(nn.Module):
     """x_BTD -> (y_BTD, State). The state is float32, or float64 when `dtype` is.
 
-    Raises ValueError, by name, for sizes below 1, and for inputs, state or resets that do not fit.
+    Raises ValueError, by name, for sizes below 1, a forget bias that is not finite, and for inputs, state or resets
+    that do not fit.
     """
 
     width: int
     expand: int = 1  # hidden = expand * width
     positive: bool = True  # or c = W_c x + b_c without g, the paper's vanilla form of appendix A
-    forget_bias: float = 0.0  # of f at the start: the larger, the longer the memory
+    forget_bias: float = 0.0  # added to f's bias at the start: the larger, the longer the memory
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -61,6 +62,7 @@ class MinLSTM(nn.Module):
     def size(self) -> int:
         """F"""
         contract.positive(width=self.width, expand=self.expand)
+        contract.finite(forget_bias=self.forget_bias)
         return self.expand * self.width
 
     def initial_state(self, batch: int) -> State:
@@ -72,14 +74,16 @@ class MinLSTM(nn.Module):
     ) -> tuple[jax.Array, State]:
         state = contract.begin(self, x_BTD, state, reset_BT)
         F, wide = self.size(), contract.state_dtype(self.dtype)
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        bias = partial(forget_first, self.forget_bias)
-        gates_BTE = nn.Dense(2 * F, dtype=wide, param_dtype=self.param_dtype, bias_init=bias, name="gates")(x_BTD)
+        def dense(name, size, inputs, dtype=self.dtype, bias=None):
+            init, kinds = within(inputs**-0.5), {"dtype": dtype, "param_dtype": self.param_dtype}
+            return nn.Dense(size, kernel_init=init, bias_init=bias or init, name=name, **kinds)
+
+        gates_BTE = dense("gates", 2 * F, self.width, wide, forget_first(self.forget_bias, self.width**-0.5))(x_BTD)
         f_BTF, i_BTF = jnp.split(gates_BTE, 2, axis=-1)
-        c_BTF = nn.Dense(F, name="candidate", **kinds)(x_BTD).astype(wide)
+        c_BTF = dense("candidate", F, self.width)(x_BTD).astype(wide)
         h_BTF, h_BF = min_lstm(f_BTF, i_BTF, c_BTF, state.h_BF, reset_BT, self.positive, self.impl)
-        return nn.Dense(self.width, name="out", **kinds)(h_BTF), State(h_BF)
+        return dense("out", self.width, F)(h_BTF), State(h_BF)
 
 
 def min_lstm(f_BTF, i_BTF, c_BTF, h_BF, reset_BT, positive=True, impl="auto"):
@@ -91,6 +95,11 @@ def min_lstm(f_BTF, i_BTF, c_BTF, h_BF, reset_BT, positive=True, impl="auto"):
     return ops.linear_scan(f_BTF, i_BTF * act(c_BTF), h_BF, reset_BT, impl=impl)
 
 
-def forget_first(forget_bias, key, shape, dtype=float):
-    """forget_bias for the first half, the forget gates; 0 for the input gates."""
-    return jnp.full(shape, forget_bias, dtype).at[shape[0] // 2 :].set(0)
+def within(bound):
+    """Uniform in +-bound. 1/sqrt(D) for a layer of D inputs, its weights and its bias, is PyTorch's default."""
+    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def forget_first(forget_bias, bound):
+    """within(bound), and forget_bias more for the first half, the forget gates."""
+    return lambda key, shape, dtype=float: within(bound)(key, shape, dtype).at[: shape[0] // 2].add(forget_bias)

@@ -1,7 +1,5 @@
 """Facts of the paper of Fast and Forgetful Memory, arXiv:2310.04128."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,21 +54,38 @@ def test_an_impulse_fades_and_turns(impl):
 @pytest.mark.parametrize("impl", FORMS)
 def test_without_input_no_trace_grows(impl):
     _, _, _, S = problem(1)
-    alpha, omega = ffm.fading(None, (M,)), ffm.turning(1, 1024)(None, (C,))
+    alpha, omega = ffm.fading(1024)(None, (M,)), ffm.turning(1, 1024)(None, (C,))
     size = np.abs(run(np.zeros((2, 5000, M)), alpha, omega, S, None, impl)[0])
     rounding = 5000 * np.finfo(np.float32).eps  # of a power of gamma, relative
     assert (size <= 1e-30 + (1 + rounding) * np.minimum.accumulate(size, axis=1)).all()
-    np.testing.assert_allclose(size[:, -1, -1], np.abs(S[:, -1]) * np.exp(-5000e-6), rtol=1e-3)
-    assert size[:, 100, 0].max() < 1e-30
+    np.testing.assert_allclose(size[:, 1023, -1], 0.01 * np.abs(S[:, -1]), rtol=1e-3)
+    assert size[:, 200, 0].max() < 1e-30
 
 
-def test_initial_rates_are_the_papers():
-    """Fading evenly from e to 1e-6 per token, turning with periods evenly from 1 to 1,024 tokens, 32 by 4 of them."""
+def test_initial_rates_are_those_of_the_papers_experiments():
+    """Fading evenly from 0.673 per token to what leaves 1% after 1,024; turning with periods evenly from 1 to 1,024
+    tokens; 32 by 4 of them."""
     p = memzoo.make("ffm", width=6).init(jax.random.key(0), jnp.zeros((1, 1, 6)))["params"]
-    np.testing.assert_allclose(p["alpha"], np.linspace(-math.e, -1e-6, 32), rtol=1e-4)
+    np.testing.assert_allclose(p["alpha"], np.linspace(-0.673147, -0.00449723, 32), rtol=1e-4)
     np.testing.assert_allclose(2 * np.pi / p["omega"], [1, 342, 683, 1024], rtol=1e-5)
     gamma = np.exp(-np.abs(p["alpha"]))
-    assert gamma.min() > 0.0659 and 1 - 2e-6 < gamma.max() < 1
+    np.testing.assert_allclose([gamma.min() ** 6.84, gamma.max() ** 1024], 0.01, rtol=1e-2)
+
+
+def test_the_slowest_trace_fades_within_the_longest_period():
+    """To 1%, and never faster than the fastest: then all fade alike."""
+    np.testing.assert_allclose(np.exp(ffm.fading(100)(None, (3,)))[-1] ** 100, 0.01, rtol=1e-4)
+    alpha = ffm.fading(2)(None, (3,))
+    np.testing.assert_allclose(alpha, -0.673147, rtol=1e-5)
+
+
+def test_initial_weights_are_uniform_as_released():
+    """In +-1/sqrt(inputs), biases too."""
+    p = memzoo.make("ffm", width=50).init(jax.random.key(0), jnp.zeros((1, 1, 50)))["params"]
+    for layer, inputs in (("in", 50), ("in_gate", 50), ("mix", 256), ("out_gate", 50), ("skip", 50)):
+        for weights in p[layer].values():
+            assert 0.85 * inputs**-0.5 < np.abs(weights).max() <= inputs**-0.5
+            np.testing.assert_allclose(np.std(weights), (3 * inputs) ** -0.5, rtol=0.25)
 
 
 def test_the_output_gate_chooses_between_memory_and_token():
@@ -91,3 +106,6 @@ def test_sizes_and_periods_out_of_range_are_refused():
         memzoo.make("ffm", width=6, traces=0)
     with pytest.raises(ValueError, match=r"min_period, max_period: .* got 9, 3"):
         memzoo.make("ffm", width=6, min_period=9, max_period=3)
+    for bad in (float("inf"), float("nan"), "9"):
+        with pytest.raises(ValueError, match=f"max_period: expected a finite number, got {bad!r}"):
+            memzoo.make("ffm", width=6, max_period=bad)

@@ -53,17 +53,29 @@ def test_the_state_is_a_mean_of_what_was_written():
 
 
 def test_initial_turns_and_gates():
-    """theta runs from 1 to nearly 10000^-2 in equal ratios; forget gates are spread evenly about the middle of
-    [lower_bound, 1], where a sigmoid of a standard normal lies."""
+    """theta runs from 1 to nearly 10000^-2 in equal ratios. Weights and biases are uniform in +-1/sqrt(inputs), so that
+    forget gates are sigmoids of logits of variance 1/3, close about the middle of [lower_bound, 1]."""
     mixer = memzoo.make("hgrn", width=64, lower_bound=0.5)
     x_BTD = jax.random.normal(jax.random.key(1), (1, 50, 64))
     p = mixer.init(jax.random.key(0), x_BTD)["params"]
     np.testing.assert_allclose(p["theta"], np.logspace(0, -8 * 63 / 64, 64), rtol=1e-5)
-    f = 0.5 + 0.5 / (1 + np.exp(-np.asarray(x_BTD[0] @ p["forget"]["kernel"] + p["forget"]["bias"])))
-    assert abs(np.mean(f) - 0.75) < 0.01 and f.min() > 0.5 and 0.56 < np.percentile(f, 5) < 0.6
+    for layer, inputs in (("forget", 64), ("in", 64), ("gate", 64), ("out", 128)):
+        for weights in p[layer].values():
+            assert 0.9 * inputs**-0.5 < np.abs(weights).max() <= inputs**-0.5
+            np.testing.assert_allclose(np.std(weights), (3 * inputs) ** -0.5, rtol=0.2)
+    logit = np.asarray(x_BTD[0] @ p["forget"]["kernel"] + p["forget"]["bias"])
+    assert abs(np.std(logit) - (1 / 3 + 1 / 192) ** 0.5) < 0.04
+    f = 0.5 + 0.5 / (1 + np.exp(-logit))
+    assert abs(np.mean(f) - 0.75) < 0.01 and f.min() > 0.5 and 0.62 < np.percentile(f, 5) < 0.66
 
 
 @pytest.mark.parametrize("bound", (-0.1, 1.0))
 def test_a_bound_outside_its_range_is_refused(bound):
     with pytest.raises(ValueError, match=f"lower_bound: expected 0 <= lower_bound < 1, got {bound}"):
+        memzoo.make("hgrn", width=6, lower_bound=bound)
+
+
+@pytest.mark.parametrize("bound", ("a", float("nan"), None))
+def test_a_bound_that_is_no_number_is_refused(bound):
+    with pytest.raises(ValueError, match=f"lower_bound: expected a finite number, got {bound!r}"):
         memzoo.make("hgrn", width=6, lower_bound=bound)

@@ -51,3 +51,10 @@ def test_an_impulse_shows_the_kernel():
 def test_a_ring_that_is_none_is_refused():
     with pytest.raises(ValueError, match="r_min"):
         memzoo.make("lru", width=2, r_min=0.9, r_max=0.5).init(jax.random.key(0), jnp.zeros((1, 1, 2)))
+
+
+@pytest.mark.parametrize("field", ("r_min", "r_max", "max_phase"))
+@pytest.mark.parametrize("bad", (float("inf"), float("nan"), "1"))
+def test_what_is_no_finite_number_is_refused(field, bad):
+    with pytest.raises(ValueError, match=f"{field}: expected a finite number, got {bad!r}"):
+        memzoo.make("lru", width=2, **{field: bad})

@@ -63,14 +63,19 @@ def test_a_gate_of_one_forgets_and_a_gate_of_zero_keeps():
 
 
 def test_initial_gates_are_centred_on_one_half():
-    """The gate's kernel has variance 1 / D and no bias: for x of unit variance its logit is standard normal, so half of
-    the channels keep a token for more than one step, and about 2 in 100 for more than e^2 of them."""
+    """Weights and biases uniform in +-1/sqrt(D): for x of unit variance a logit has variance 1/3, so that nearly all
+    gates lie between 0.15 and 0.85: no channel keeps a token for long."""
     mixer = memzoo.make("min_gru", width=64, expand=4)
     x_BTD = jax.random.normal(jax.random.key(1), (1, 50, 64))
-    gate = mixer.init(jax.random.key(0), x_BTD)["params"]["gate"]
-    logit = np.asarray(x_BTD[0] @ gate["kernel"] + gate["bias"])
-    assert abs(np.mean(logit)) < 0.05 and abs(np.std(logit) - 1) < 0.05
-    assert 0.01 < np.mean(logit < -2) < 0.04
+    params = mixer.init(jax.random.key(0), x_BTD)["params"]
+    for layer, inputs in (("gate", 64), ("candidate", 64), ("out", 256)):
+        for weights in params[layer].values():
+            bound = inputs**-0.5
+            assert 0.95 * bound < np.abs(weights).max() <= bound
+            np.testing.assert_allclose(np.std(weights), bound / 3**0.5, rtol=0.15)
+    logit = np.asarray(x_BTD[0] @ params["gate"]["kernel"] + params["gate"]["bias"])
+    assert abs(np.mean(logit)) < 0.05 and abs(np.std(logit) - (1 / 3 + 1 / 192) ** 0.5) < 0.03
+    assert np.mean((sigmoid(logit) > 0.15) & (sigmoid(logit) < 0.85)) > 0.99
 
 
 def test_expand_widens_the_state():

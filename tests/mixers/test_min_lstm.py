@@ -67,22 +67,37 @@ def test_is_min_gru_where_both_gates_are_nearly_shut():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def kept(forget_bias):
-    """The forget gate of all channels, as initialised, on white noise."""
+def initial(forget_bias):
+    """The parameters, and the forget gate of all channels on white noise."""
     mixer = memzoo.make("min_lstm", width=64, expand=4, forget_bias=forget_bias)
     x_BTD = jax.random.normal(jax.random.key(1), (1, 50, 64))
-    gates = mixer.init(jax.random.key(0), x_BTD)["params"]["gates"]
-    f, i = np.split(np.asarray(x_BTD[0] @ gates["kernel"] + gates["bias"]), 2, axis=-1)
-    return sigmoid(f) / (sigmoid(f) + sigmoid(i))
+    params = mixer.init(jax.random.key(0), x_BTD)["params"]
+    f, i = np.split(np.asarray(x_BTD[0] @ params["gates"]["kernel"] + params["gates"]["bias"]), 2, axis=-1)
+    return params, sigmoid(f) / (sigmoid(f) + sigmoid(i))
 
 
 def test_initial_forget_gates():
-    """Symmetric about 1/2, between 0.1 and 0.9 nearly always; a forget bias saturates f and leaves 1 / (1 + i)."""
-    plain, biased = kept(0.0), kept(5.0)
-    assert abs(np.mean(plain) - 0.5) < 0.01 and np.mean(np.abs(plain - 0.5) < 0.4) > 0.99
-    assert np.percentile(biased, 1) > 0.5 and abs(np.mean(biased) - 0.676) < 0.02
+    """Symmetric about 1/2, between 0.25 and 0.75 nearly always; a forget bias saturates f and leaves 1 / (1 + i)."""
+    (_, plain), (_, biased) = initial(0.0), initial(5.0)
+    assert abs(np.mean(plain) - 0.5) < 0.01 and np.mean(np.abs(plain - 0.5) < 0.25) > 0.98
+    assert 0.07 < np.std(plain) < 0.11
+    assert np.percentile(biased, 1) > 0.5 and abs(np.mean(biased) - 0.667) < 0.02
 
 
-def test_bad_sizes_are_refused():
+def test_initial_weights_are_uniform_as_released():
+    """In +-1/sqrt(inputs), biases too; forget_bias moves those of f alone."""
+    params, _ = initial(5.0)
+    f, i = np.split(np.asarray(params["gates"]["bias"]), 2)
+    assert abs(np.mean(f) - 5) < 0.02 and abs(np.mean(i)) < 0.02
+    uniform = [(f - 5, 64), (i, 64), (params["gates"]["kernel"], 64), *((w, 64) for w in params["candidate"].values())]
+    for weights, inputs in (*uniform, *((w, 256) for w in params["out"].values())):
+        assert 0.95 * inputs**-0.5 < np.abs(weights).max() <= inputs**-0.5 + 1e-6
+        np.testing.assert_allclose(np.std(weights), (3 * inputs) ** -0.5, rtol=0.15)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), "1"))
+def test_bad_fields_are_refused(bad):
     with pytest.raises(ValueError, match=r"expand: expected an integer >= 1, got 1\.5"):
         memzoo.make("min_lstm", width=6, expand=1.5)
+    with pytest.raises(ValueError, match=f"forget_bias: expected a finite number, got {bad!r}"):
+        memzoo.make("min_lstm", width=6, forget_bias=bad)
