@@ -1,6 +1,6 @@
 """Bilinear RNN: the token chooses a linear map of the state, and nothing is ever added to it.
 
-    h_t = A_t h_{t-1}        (A_t)_ij = sum_k W_ijk x_k        y_t = W_out h_t / |h_t|
+    h_t = A_t h_{t-1}        (A_t)_ij = sum_k W_ijk x_k        y_t = W_out sqrt(K) h_t / |h_t|
 
     kind         A                                                      what it can track
     "full"       any W                                                  any finite-state machine
@@ -10,12 +10,13 @@
     "diagonal"   real, of either sign                                   parity
 
 Source: Ebrahimi, Memisevic, "Revisiting Bi-Linear State Transitions in Recurrent Neural Networks" (2025),
-arXiv:2505.21749, sec. 3.
-Differs: h is divided by its length at every token. The paper does so at inference alone, which changes no direction,
-as nothing is added; here training computes the same function as inference, and no product overflows. Each block has
-its own length, or the block that grows fastest would be all that is left after a hundred tokens; only the diagonal
-kind, of whose blocks nothing but signs would remain, has one length, and that fate. A sequence begins with the first
-unit vector of each block (diagonal: with equal entries): for a W that may be anything, all starts are a change of
+arXiv:2505.21749: the recurrence without additive terms and the hierarchy of its kinds.
+Differs: the initialisation and the parameters of a rotation, two numbers over their length, are ours. h is divided by
+its length at every token, and read at length sqrt(K). The paper divides at inference alone, which changes no direction,
+as nothing is added; here training computes the same function as inference, and no product overflows. Each block, of K
+entries, has its own length, or the block that grows fastest would be all that is left after a hundred tokens; only the
+diagonal kind, of whose blocks nothing but signs would remain, has one length, and that fate. A sequence begins with the
+first unit vector of each block (diagonal: with equal entries): for a W that may be anything, all starts are a change of
 basis apart.
 
 Dims: B batch, T time, D width, F hidden, N blocks, K block size, F = N K, R rank.
