@@ -23,6 +23,7 @@ copying     after 600 steps 0.52 of the letters with mimetic initialisation, 0.2
 
 `--parts recall` asks one alone; --sampling-steps, --recall-steps and --copying-steps, --width, --length and --seeds
 make any of them larger. `--out` holds timescales.jsonl (a line per model and seed), table.md, and a plot of each part.
+A model whose loss or gradient is not finite stops there, and has a line that says so; the others go on.
 
 Dims: B batch, T time, D width, X coordinates, H harmonics.
 """
@@ -92,18 +93,24 @@ class Classifier(nn.Module):
 def fit(
     loss: Callable, params: Any, batches: Iterator, steps: int, rate: float, seed: int, label: str, watch=None
 ) -> tuple[Any, float]:
-    """(parameters, mean loss of the last tenth). `watch(step, params)` is called some twenty times."""
+    """(parameters, mean loss of the last tenth). `watch(step, params)` is called some twenty times.
+
+    Raises train.NonFiniteError where a loss or a gradient was not finite, some twenty times too.
+    """
     optimizer = train.adamw(rate, steps, weight_decay=0.1)
     state = train.create(params, optimizer, jax.random.key(seed))
     step = jax.jit(train.make_step(lambda params, batch, key: loss(params, batch), optimizer), donate_argnums=0)
     last = max(1, steps // 10)
-    losses = []
+    losses, ahead = [], []  # ahead: of steps whose numbers were not waited for
     for i in tqdm(range(1, steps + 1), desc=label, unit="step", leave=False):
         state, metrics = step(state, next(batches))
-        losses.append(metrics["loss"])
-        if watch and (i % max(1, steps // 20) == 0 or i == steps):
-            watch(i, state.params)
-    return state.params, float(np.mean([float(value) for value in losses[-last:]]))
+        ahead.append((i, metrics))
+        if i % max(1, steps // 20) == 0 or i == steps:
+            losses += [train.guard(at, metrics, lambda: "none, as none is kept")["loss"] for at, metrics in ahead]
+            ahead = []
+            if watch:
+                watch(i, state.params)
+    return state.params, float(np.mean(losses[-last:]))
 
 
 def accuracy(logits, targets) -> float:
@@ -252,26 +259,29 @@ def copying(config: Config, kind: str, seed: int) -> list[dict[str, Any]]:
     return [{"model": kind, "train_loss": last, "accuracy": found}]
 
 
-# Without those that the catalogue does not have yet.
-SAMPLED = tuple(name for name in ("hippo", "s4", "lru", "gru", "lstm") if name in memzoo.names())
 PARTS: dict[str, tuple[Callable, tuple[str, ...], str]] = {
-    "sampling": (sampling, SAMPLED, "points of a curve"),
+    "sampling": (sampling, ("hippo", "s4", "lru", "gru", "lstm"), "points of a curve"),
     "recall": (recall, (*(f"stable_ssm, {way}" for way in DECAYS), "mamba", "polarized_mamba"), "distance"),
     "copying": (copying, ("mamba, default", "mamba, mimetic"), "step"),
 }
 
 
 def table(config: Config, rows: list[dict[str, Any]]) -> str:
-    """Markdown: for each part its claim and the accuracies, as means over the seeds."""
+    """Markdown: for each part its claim and the accuracies, as means over the seeds that did not diverge."""
     text = f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}, {config.seeds} seeds\n"
     for part in config.parts:
         means = mean_over_seeds(rows, part)
-        columns = list(next(iter(means.values())))
+        columns = list(next(iter(means.values()), {}))
         found = f"Found: accuracy by {PARTS[part][2]}, chance {chance(config, part):.2f}."
         text += f"\n## {part}\n\n{CLAIMS[part]}\n\n{found}\n\n"
-        text += f"| model | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}\n"
+        if means:
+            text += f"| model | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}\n"
         for model, values in means.items():
             text += f"| {model} | {' | '.join(f'{value:.2f}' for value in values.values())} |\n"
+        diverged = [row for row in rows if row["part"] == part and "diverged" in row]
+        if diverged:
+            said = "; ".join(f"{row['model']}, seed {row['seed']}: {row['diverged']}" for row in diverged)
+            text += f"\nDiverged, and in no mean: {said}.\n"
         slowest = [f"{row['model']} {row['slowest']:.4f}" for row in rows if row["part"] == part and "slowest" in row]
         if slowest:
             text += f"\nThe slowest state's factor per token, at most 1 where it is stable: {', '.join(slowest)}.\n"
@@ -283,7 +293,7 @@ def chance(config: Config, part: str) -> float:
 
 
 def mean_over_seeds(rows: list[dict[str, Any]], part: str) -> dict[str, dict[str, float]]:
-    mine = [row for row in rows if row["part"] == part]
+    mine = [row for row in rows if row["part"] == part and "diverged" not in row]
     names = dict.fromkeys(row["model"] for row in mine)
     of = {name: [row["accuracy"] for row in mine if row["model"] == name] for name in names}
     return {name: {at: float(np.mean([f[at] for f in found])) for at in found[0]} for name, found in of.items()}
@@ -313,11 +323,17 @@ def main(config: Config) -> list[dict[str, Any]]:
         run, kinds, _ = PARTS[part]
         for kind, seed in ((kind, seed) for kind in kinds for seed in range(config.seeds)):
             begin = time.perf_counter()
-            for row in run(config, kind, seed):
+            try:
+                found = run(config, kind, seed)
+            except train.NonFiniteError as error:  # a result too; the others go on
+                found = [{"model": kind, "diverged": str(error).partition(";")[0]}]
+            for row in found:
                 row = {"part": part, "seed": seed, **row, "seconds": round(time.perf_counter() - begin, 1)}
                 rows.append(row)
-                tqdm.write(f"{part:9} {row['model']:22} loss {row['train_loss']:.3f}, {row['seconds']} s")
-            (config.out / "timescales.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                result = row["diverged"] if "diverged" in row else f"loss {row['train_loss']:.3f}"
+                tqdm.write(f"{part:9} {row['model']:22} {result}, {row['seconds']} s")
+            lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            (config.out / "timescales.jsonl").write_text("".join(lines))
         plot(config, rows, part)
     (config.out / "table.md").write_text(table(config, rows))
     print((config.out / "table.md").read_text())

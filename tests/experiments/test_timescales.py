@@ -60,6 +60,35 @@ def test_the_table_has_means_over_seeds():
     assert "\n| gru | 0.75 | 0.38 |\n| lru | 0.50 | 0.25 |\n" in text and "chance 0.33" in text
 
 
+def test_a_model_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    """The first model's first batch is full of inf. What is written is JSON, and the table has the other alone."""
+    run, _, label = timescales.PARTS["sampling"]
+    curves, bad = timescales.trajectories, iter([True])
+
+    def trajectories(*args):
+        x_BTX, class_B = curves(*args)
+        return (np.full_like(x_BTX, np.inf) if next(bad, False) else x_BTX), class_B
+
+    monkeypatch.setattr(timescales, "trajectories", trajectories)
+    monkeypatch.setitem(timescales.PARTS, "sampling", (run, ("gru", "lru"), label))
+    config = replace(TINY, parts=("sampling",), out=tmp_path / "run")
+    first, second = timescales.main(config)
+    assert (first["model"], second["model"]) == ("gru", "lru")
+    assert first["diverged"].startswith("step 1: grad_norm is nan, loss is nan") and "accuracy" not in first
+    assert "diverged" not in second and np.isfinite(second["train_loss"])
+    strict = lambda line: json.loads(line, parse_constant=pytest.fail)
+    assert [strict(line) for line in (config.out / "timescales.jsonl").read_text().splitlines()] == [first, second]
+    text = (config.out / "table.md").read_text()
+    assert f"Diverged, and in no mean: gru, seed 0: {first['diverged']}." in text
+    assert "\n| lru | " in text and "\n| gru | " not in text
+
+
+def test_the_table_says_so_where_all_diverged():
+    rows = [{"part": "copying", "model": "mamba, default", "seed": 3, "diverged": "step 7: grad_norm is inf"}]
+    text = timescales.table(replace(TINY, parts=("copying",)), rows)
+    assert "mamba, default, seed 3: step 7: grad_norm is inf." in text and "| model" not in text
+
+
 def test_bad_input_is_named(tmp_path):
     for match, fields in (
         ("length: expected a positive multiple of .* = 4, got 18", {"length": 18}),
