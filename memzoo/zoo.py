@@ -86,7 +86,8 @@ _CARDS = (
     Card("gla", "linear attention", "Gated Linear Attention Transformers", "2312.06635", "constant", _LINEAR,
          "an input-dependent decay per key channel", "GLA"),
     Card("hgrn", "linear attention", "Hierarchically Gated Recurrent Neural Network", "2311.04823",
-         "constant", _LINEAR, "a complex recurrence whose forget gate has a lower bound, in the paper one per layer", "HGRN"),
+         "constant", _LINEAR, "a complex recurrence whose forget gate has a lower bound, in the paper one per layer",
+         "HGRN"),
     Card("hgrn2", "linear attention", "HGRN2: Gated Linear RNNs with State Expansion", "2404.07904", "constant",
          _LINEAR, "HGRN with a matrix state: GLA whose key is what the forget gate forgets", "HGRN2"),
     Card("rwkv7", "linear attention", "RWKV-7 'Goose' with Expressive Dynamic State Evolution", "2503.14456",
@@ -124,7 +125,7 @@ def card(name: str) -> Card:
 
 
 def make(name: str, *, width: int, **fields: Any) -> Any:
-    """A mixer by name, as a flax.linen.Module; every field but width has the paper's default.
+    """A mixer by name, as a flax.linen.Module. Fields default to the paper's values, or the file says why not.
 
     width: D, the size of the last axis in and out. fields: the module's own, listed in its class, and Flax's `parent`
     (None makes a mixer that belongs to no other module, wherever it is made).

@@ -1,5 +1,6 @@
 """The README does what it says: its code runs, its commands exist, its table and its links are up to date."""
 
+import inspect
 import re
 import shlex
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memzoo import zoo
+from memzoo import ops, zoo
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +38,17 @@ def test_python_blocks_run_in_order():
 def test_the_table_is_up_to_date():
     """Otherwise: python -c "from memzoo import zoo; zoo.write_table('README.md')" """
     assert README.split(zoo.BEGIN)[1].split(zoo.END)[0] == zoo.table()
+
+
+def test_every_op_with_a_choice_of_forms_is_named():
+    for name, op in inspect.getmembers(ops, inspect.isfunction):
+        if "impl" in inspect.signature(op).parameters:
+            assert f"`{name}`" in README, name
+
+
+def test_every_form_is_explained():
+    for form in {form for name in zoo.names() for form in zoo.card(name).forms}:
+        assert f"\n| `{form}` | " in README, form
 
 
 def scripts():
