@@ -13,12 +13,15 @@ that may write it calibrates every layer of a model; without `context` the layer
     _, calibration = model.apply({"params": trained}, tokens, mutable=["calibration"])
     logits, state = model.apply({"params": trained} | calibration, long_tokens)
 
+Each such call, also one with mutable=True, calibrates anew, whatever thresholds it was given, and skips nothing itself.
+
 Source: Ye, Xia, Fu, Dong, Hong, Yuan, Diao, Kautz, Molchanov, Lin, "LongMamba: Enhancing Mamba's Long Context
 Capabilities via Training-Free Receptive Field Enlargement" (2025), arXiv:2504.16053, and its released code (dt_thre);
 the rest is Mamba, arXiv:2312.00752.
 Differs: the code has Mamba-2's one decay per channel, here the slowest of N states decides; it averages thresholds over
-calibration sequences, here their tokens are pooled; it skips in the prompt alone and by the prompt's length, here the
-context is a field and all tokens are alike, so that a stream is what it is in one call.
+calibration sequences, here their tokens are pooled; before that it clamps each channel's steps at the least of its top
+10, 15 or 20 per cent, here they stay as they are; it skips in the prompt alone and by the prompt's length, here the
+context is a field and all tokens are alike, so that a stream is what it is in one call. min_decay is its default.
 
 Dims: B batch, T time, D width, E = expand D channels, N state size, R rank of dt, W conv width, P = W - 1 past inputs,
       S = B T tokens.
@@ -104,22 +107,23 @@ class LongMamba(nn.Module):
         state = contract.begin(self, x_BTD, state, reset_BT)
         (E, N, R, P), D = self.sizes(), self.width
         wide, conv = contract.state_dtype(self.dtype), within((P + 1) ** -0.5)
-        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         gates: dict[str, Any] = {"dtype": wide, "param_dtype": self.param_dtype}
+        plain: dict[str, Any] = {"use_bias": False, "kernel_init": like_torch}
 
         def param(name, init, *shape):
             return self.param(name, init, shape, self.param_dtype)
 
-        x_BTE, z_BTE = jnp.split(nn.Dense(2 * E, name="in", **kinds)(x_BTD), 2, axis=-1)
+        x_BTE, z_BTE = jnp.split(nn.Dense(2 * E, name="in", **plain, **kinds)(x_BTD), 2, axis=-1)
         f_WE, bias_E = param("conv", conv, P + 1, E), param("conv_bias", conv, E)
         x_BTE, past_BPE = ops.short_conv(x_BTE, f_WE, state.past_BPE, reset_BT)
         x_BTE = nn.silu(x_BTE + bias_E.astype(self.dtype))
 
-        dt_BTR = nn.Dense(R, use_bias=False, name="dt_low", **gates)(x_BTE)
+        dt_BTR = nn.Dense(R, name="dt_low", **plain, **gates)(x_BTE)
         dt = nn.Dense(E, name="dt", kernel_init=within(R**-0.5), bias_init=small_step, **gates)
         dt_BTE = nn.softplus(dt(dt_BTR))
         A_NE = -jnp.exp(param("A_log", log_integers, N, E).astype(wide))
-        B_EN, C_EN = (param(name, nn.initializers.lecun_normal(), E, N) for name in ("B", "C"))
+        B_EN, C_EN = (param(name, like_torch, E, N) for name in ("B", "C"))
         dot = partial(jnp.einsum, "bte,en->btn", preferred_element_type=wide)
         B_BTN, C_BTN = dot(x_BTE, B_EN.astype(self.dtype)), dot(x_BTE, C_EN.astype(self.dtype))
         D_E = param("D", nn.initializers.ones, E).astype(wide)
@@ -127,7 +131,7 @@ class LongMamba(nn.Module):
         threshold_E = self.thresholds(dt_BTE, A_NE)
         xs = x_BTE, dt_BTE, A_NE, B_BTN, C_BTN, D_E, threshold_E
         y_BTE, h_BNE = skipping_s6(*xs, state.h_BNE, reset_BT, self.impl)
-        y_BTD = nn.Dense(D, name="out", **kinds)(y_BTE * nn.silu(z_BTE))
+        y_BTD = nn.Dense(D, name="out", **plain, **kinds)(y_BTE * nn.silu(z_BTE))
         return y_BTD, State(h_BNE, past_BPE)
 
     def thresholds(self, dt_BTE, A_NE):
@@ -158,6 +162,9 @@ def skipping_s6(x_BTE, dt_BTE, A_NE, B_BTN, C_BTN, D_E, threshold_E, h_BNE, rese
     dt_BTE = skip(dt_BTE, threshold_E)
     y_BTE, h_BNE = ops.selective_scan(x_BTE, dt_BTE, A_NE, B_BTN, C_BTN, h_BNE, reset_BT, impl=impl)
     return (y_BTE + D_E * x_BTE).astype(x_BTE.dtype), h_BNE
+
+
+like_torch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # in +-1/sqrt(fan_in)
 
 
 def within(bound):

@@ -9,8 +9,9 @@ initialisation="mimetic": Trockman, Harutyunyan, Kolter, Kumar, Bhojanapalli, "M
 Models Learn to Recall" (2024), arXiv:2410.11135: the layer starts as causal linear attention, y_t = sum_{s<=t} (C_t .
 B_s) x_s, which looks for tokens like the present one. A is near 0, so that nothing is forgotten; dt = 1 for all tokens;
 W_C is correlated with W_B, not equal to it; the convolution is the identity.
-Differs: h and A are [N, E], the paper's transpose; the projections of dt, B and C are separate, and dt is float32. Of
-mimetic's numbers A = -exp(-8) and W_C = (W_B + a random matrix) / 2 are chosen here.
+Differs: h and A are [N, E], the paper's transpose; the projections of dt, B and C are separate, and dt is float32. The
+released model divides the initial weights of `out` by the square root of how many layers it has; a mixer does not know.
+Of mimetic's numbers A = -exp(-8) and W_C = (W_B + a random matrix) / 2 are chosen here.
 
 Dims: B batch, T time, D width, E = expand D channels, N state size, R rank of dt, W conv width, P = W - 1 past inputs.
 """
@@ -73,30 +74,31 @@ class Mamba(nn.Module):
         state = contract.begin(self, x_BTD, state, reset_BT)
         (E, N, R, P), D = self.sizes(), self.width
         wide, start = contract.state_dtype(self.dtype), initialisers(self.initialisation, P + 1, R)
-        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         gates: dict[str, Any] = {"dtype": wide, "param_dtype": self.param_dtype}
+        plain: dict[str, Any] = {"use_bias": False, "kernel_init": like_torch}
 
         def param(name, init, *shape):
             return self.param(name, init, shape, self.param_dtype)
 
-        x_BTE, z_BTE = jnp.split(nn.Dense(2 * E, name="in", **kinds)(x_BTD), 2, axis=-1)
+        x_BTE, z_BTE = jnp.split(nn.Dense(2 * E, name="in", **plain, **kinds)(x_BTD), 2, axis=-1)
         f_WE, bias_E = param("conv", start["conv"], P + 1, E), param("conv_bias", start["conv_bias"], E)
         x_BTE, past_BPE = ops.short_conv(x_BTE, f_WE, state.past_BPE, reset_BT)
         x_BTE = nn.silu(x_BTE + bias_E.astype(self.dtype))
 
-        dt_BTR = nn.Dense(R, use_bias=False, name="dt_low", **gates)(x_BTE)
+        dt_BTR = nn.Dense(R, name="dt_low", **plain, **gates)(x_BTE)
         dt_BTE = nn.softplus(
             nn.Dense(E, name="dt", kernel_init=start["dt"], bias_init=start["dt_bias"], **gates)(dt_BTR)
         )
         A_NE = -jnp.exp(param("A_log", start["A_log"], N, E).astype(wide))
-        B_EN = param("B", nn.initializers.lecun_normal(), E, N)
+        B_EN = param("B", like_torch, E, N)
         C_EN = param("C", partial(start["C"], B_EN), E, N)
         dot = partial(jnp.einsum, "bte,en->btn", preferred_element_type=wide)
         B_BTN, C_BTN = dot(x_BTE, B_EN.astype(self.dtype)), dot(x_BTE, C_EN.astype(self.dtype))
         D_E = param("D", nn.initializers.ones, E).astype(wide)
 
         y_BTE, h_BNE = s6(x_BTE, dt_BTE, A_NE, B_BTN, C_BTN, D_E, state.h_BNE, reset_BT, self.impl)
-        y_BTD = nn.Dense(D, name="out", **kinds)(y_BTE * nn.silu(z_BTE))
+        y_BTD = nn.Dense(D, name="out", **plain, **kinds)(y_BTE * nn.silu(z_BTE))
         return y_BTD, State(h_BNE, past_BPE)
 
 
@@ -123,6 +125,9 @@ def initialisers(kind, W, R):
     return {"conv": conv, "conv_bias": conv, "dt": dt, "dt_bias": small_step, "A_log": log_integers, "C": apart}
 
 
+like_torch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # in +-1/sqrt(fan_in)
+
+
 def within(bound):
     """Uniform in +-bound; 1/sqrt(W) for a depthwise convolution of width W, its weights and its bias."""
     return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -144,7 +149,7 @@ def last_tap(key, shape, dtype=float):
 
 
 def apart(B_EN, key, shape, dtype=float):
-    return nn.initializers.lecun_normal()(key, shape, dtype)
+    return like_torch(key, shape, dtype)
 
 
 def beside(B_EN, key, shape, dtype=float):

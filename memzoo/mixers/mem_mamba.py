@@ -13,6 +13,7 @@ exp(sum of the mean of dt A since), the part of a token that Mamba's decay has l
 has no gradient and makes outputs jump, so notes and what is fused are weighted by how far the score is above it. The
 pool is first in, first out; N and F are linear, the latter the paper's weighted fusion. dt, B and C come from Mamba's
 own u_t, before notes are added: then nothing that decides on notes depends on them, and chunks can be computed at once.
+Weights that Mamba does not have begin as LeCun's.
 
 Dims: B batch, T time, D width, E = expand D channels, N state size, R rank of dt, W conv width, P = W - 1 past inputs,
       M notes, K size of a note, C chunk, L = M + C notes and tokens.
@@ -121,20 +122,21 @@ class MemMamba(nn.Module):
         check_impl("mem_mamba", self.impl, FORMS)
         kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
         gates: dict[str, Any] = {"dtype": wide, "param_dtype": self.param_dtype}
+        of_mamba: dict[str, Any] = {"kernel_init": like_torch}
 
         def param(name, init, *shape):
             return self.param(name, init, shape, self.param_dtype)
 
-        u_BTE, z_BTE = jnp.split(nn.Dense(2 * E, name="in", **kinds)(x_BTD), 2, axis=-1)
+        u_BTE, z_BTE = jnp.split(nn.Dense(2 * E, name="in", **of_mamba, **kinds)(x_BTD), 2, axis=-1)
         f_WE, bias_E = param("conv", conv, P + 1, E), param("conv_bias", conv, E)
         u_BTE, past_BPE = ops.short_conv(u_BTE, f_WE, state.past_BPE, reset_BT)
         u_BTE = nn.silu(u_BTE + bias_E.astype(self.dtype))
 
-        dt_BTR = nn.Dense(R, use_bias=False, name="dt_low", **gates)(u_BTE)
+        dt_BTR = nn.Dense(R, use_bias=False, name="dt_low", **of_mamba, **gates)(u_BTE)
         dt = nn.Dense(E, name="dt", kernel_init=within(R**-0.5), bias_init=small_step, **gates)
         dt_BTE = nn.softplus(dt(dt_BTR))
         A_NE = -jnp.exp(param("A_log", log_integers, N, E).astype(wide))
-        B_EN, C_EN = (param(name, nn.initializers.lecun_normal(), E, N) for name in ("B", "C"))
+        B_EN, C_EN = (param(name, like_torch, E, N) for name in ("B", "C"))
         dot = partial(jnp.einsum, "bte,en->btn", preferred_element_type=wide)
         B_BTN, C_BTN = dot(u_BTE, B_EN.astype(self.dtype)), dot(u_BTE, C_EN.astype(self.dtype))
         D_E = param("D", nn.initializers.ones, E).astype(wide)
@@ -147,7 +149,7 @@ class MemMamba(nn.Module):
         u_BTE = u_BTE + nn.Dense(E, name="fuse", **kinds)(c_BTK)
 
         y_BTE, h_BNE = s6(u_BTE, dt_BTE, A_NE, B_BTN, C_BTN, D_E, state.h_BNE, reset_BT, self.impl)
-        y_BTD = nn.Dense(D, name="out", **kinds)(y_BTE * nn.silu(z_BTE))
+        y_BTD = nn.Dense(D, name="out", **of_mamba, **kinds)(y_BTE * nn.silu(z_BTE))
         return y_BTD, State(h_BNE, past_BPE, pool)
 
 
@@ -214,6 +216,9 @@ def _notes_of_chunk(pool, q_CK, note_CK, excess_C, log_decay_C, reset_C, tau2):
     note_MK = jnp.where(filled_M[:, None], note_LK[from_M], 0)
     log_kept_M = jnp.where(filled_M, (at_note_L + since_LC[:, -1])[from_M], 0)
     return Pool(note_MK, log_kept_M, jnp.sum(filled_M, dtype=jnp.int32)), c_CK
+
+
+like_torch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # in +-1/sqrt(fan_in)
 
 
 def within(bound):

@@ -74,32 +74,33 @@ class PolarizedMamba(nn.Module):
         state = contract.begin(self, x_BTD, state, reset_BT)
         (E, N, M, R, P), D = self.sizes(), self.width
         wide = contract.state_dtype(self.dtype)
-        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         gates: dict[str, Any] = {"dtype": wide, "param_dtype": self.param_dtype}
+        plain: dict[str, Any] = {"use_bias": False, "kernel_init": like_torch}
 
         def param(name, init, *shape):
             return self.param(name, init, shape, self.param_dtype)
 
-        x_BTE, z_BTE = jnp.split(nn.Dense(2 * E, name="in", **kinds)(x_BTD), 2, axis=-1)
+        x_BTE, z_BTE = jnp.split(nn.Dense(2 * E, name="in", **plain, **kinds)(x_BTD), 2, axis=-1)
         conv = within((P + 1) ** -0.5)
         f_WE, bias_E = param("conv", conv, P + 1, E), param("conv_bias", conv, E)
         x_BTE, past_BPE = ops.short_conv(x_BTE, f_WE, state.past_BPE, reset_BT)
         x_BTE = nn.silu(x_BTE + bias_E.astype(self.dtype))
 
-        dt_BTR = nn.Dense(R, use_bias=False, name="dt_low", **gates)(x_BTE)
+        dt_BTR = nn.Dense(R, name="dt_low", **plain, **gates)(x_BTE)
         dt = nn.Dense(E, name="dt", kernel_init=within(R**-0.5), bias_init=small_step, **gates)
         dt_BTE = nn.softplus(dt(dt_BTR))
         A_NE = -jnp.exp(param("A_log", log_integers, N, E).astype(wide))
         A_ME = jnp.pad(A_NE, ((self.ones, 0), (0, 0)))
         dot = partial(jnp.einsum, "bte,eq->btq", preferred_element_type=wide)
-        B_EQ, C_EQ = (param(name, nn.initializers.lecun_normal(), E, M + self.zeros) for name in ("B", "C"))
+        B_EQ, C_EQ = (param(name, like_torch, E, M + self.zeros) for name in ("B", "C"))
         B_BTQ, C_BTQ = dot(x_BTE, B_EQ.astype(self.dtype)), dot(x_BTE, C_EQ.astype(self.dtype))
         now_BT = jnp.sum(B_BTQ[..., M:] * C_BTQ[..., M:], -1)
         D_E = param("D", nn.initializers.ones, E).astype(wide)
 
         xs = x_BTE, dt_BTE, A_ME, B_BTQ[..., :M], C_BTQ[..., :M], now_BT, D_E
         y_BTE, h_BME = polarized(*xs, state.h_BME, reset_BT, self.impl)
-        y_BTD = nn.Dense(D, name="out", **kinds)(y_BTE * nn.silu(z_BTE))
+        y_BTD = nn.Dense(D, name="out", **plain, **kinds)(y_BTE * nn.silu(z_BTE))
         return y_BTD, State(h_BME, past_BPE)
 
 
@@ -114,6 +115,9 @@ def polarized(x_BTE, dt_BTE, A_ME, B_BTM, C_BTM, now_BT, D_E, h_BME, reset_BT, i
         return y_BTE.astype(x_BTE.dtype), h_BME
     y_BTE, h_BME = ops.selective_scan(x_BTE, dt_BTE, A_ME, B_BTM, C_BTM, h_BME, reset_BT, impl=impl)
     return (y_BTE + (now_BT[..., None] * dt_BTE + D_E) * x_BTE).astype(x_BTE.dtype), h_BME
+
+
+like_torch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # in +-1/sqrt(fan_in)
 
 
 def within(bound):

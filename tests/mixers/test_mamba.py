@@ -74,9 +74,6 @@ def test_initial_steps_and_decays():
     log_dt = np.log(softplus(params["dt"]["bias"]))
     assert distance_from_uniform((log_dt - np.log(1e-3)) / np.log(100)) < 0.04
     assert np.all(params["D"] == 1)
-    x = jnp.zeros((1, 1, 48))
-    kernel = jax.jit(memzoo.make("mamba", width=48).init)(jax.random.key(0), x)["params"]["dt"]["kernel"]
-    assert kernel.shape == (3, 96) and distance_from_uniform((np.ravel(kernel) * 3**0.5 + 1) / 2) < 0.1
 
 
 def attention_map(params, x_BTD, T):
@@ -113,9 +110,29 @@ def test_mimetic_is_causal_linear_attention_that_looks_for_like_tokens():
     assert 0.6 < correlation(params["params"]) < 0.8  # 1 / sqrt(2), and not 1
 
 
+def begins_as_in_torch(weight, fan_in):
+    """Uniform in +-fan_in^-1/2, by Kolmogorov and Smirnov's test at 0.1 per cent."""
+    u = np.sort((np.ravel(np.float64(weight)) * fan_in**0.5 + 1) / 2)
+    return u[0] >= 0 and u[-1] <= 1 and np.abs(u - (np.arange(u.size) + 0.5) / u.size).max() < 2 * u.size**-0.5
+
+
+def test_initial_weights_are_those_of_the_released_code():
+    """The defaults of torch's Linear and Conv1d, and dt's own, of the standard deviation (3 fan_in)^-1/2."""
+    mixer = memzoo.make("mamba", width=48)
+    p = jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 1, 48)))["params"]
+    W, R = len(p["conv"]), p["dt"]["kernel"].shape[0]
+    assert begins_as_in_torch(p["in"]["kernel"], 48) and begins_as_in_torch(p["out"]["kernel"], 96)
+    assert all(begins_as_in_torch(weight, 96) for weight in (p["dt_low"]["kernel"], p["B"], p["C"]))
+    assert begins_as_in_torch(p["conv"], W) and begins_as_in_torch(p["conv_bias"], W)
+    assert (W, R) == (4, 3) and begins_as_in_torch(p["dt"]["kernel"], R)
+    np.testing.assert_allclose(np.std(p["in"]["kernel"]), (3 * 48) ** -0.5, rtol=0.03)
+
+
 def test_bad_fields_are_named():
     with pytest.raises(ValueError, match="initialisation: expected 'default' or 'mimetic', got 'mimtic'"):
         memzoo.make("mamba", width=4, initialisation="mimtic")
     with pytest.raises(ValueError, match="dt_rank: expected an integer >= 1, got 0"):
         memzoo.make("mamba", width=4, dt_rank=0)
     assert memzoo.make("mamba", width=100).sizes() == (200, 16, 7, 3)
+    with pytest.raises(ValueError, match="conv_width: expected an integer >= 1, got 0"):
+        memzoo.make("mamba", width=4, conv_width=0)

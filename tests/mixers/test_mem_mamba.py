@@ -123,6 +123,24 @@ def test_initial_steps_decays_and_importance():
     assert 100 < state.pool.count_B[0] < 200
 
 
+def begins_as_in_torch(weight, fan_in):
+    """Uniform in +-fan_in^-1/2, by Kolmogorov and Smirnov's test at 0.1 per cent."""
+    u = np.sort((np.ravel(np.float64(weight)) * fan_in**0.5 + 1) / 2)
+    return u[0] >= 0 and u[-1] <= 1 and np.abs(u - (np.arange(u.size) + 0.5) / u.size).max() < 2 * u.size**-0.5
+
+
+def test_initial_weights_are_those_of_the_released_code():
+    """The defaults of torch's Linear and Conv1d, and dt's own, of the standard deviation (3 fan_in)^-1/2."""
+    mixer = memzoo.make("mem_mamba", width=48)
+    p = jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 1, 48)))["params"]
+    W, R = len(p["conv"]), p["dt"]["kernel"].shape[0]
+    assert begins_as_in_torch(p["in"]["kernel"], 48) and begins_as_in_torch(p["out"]["kernel"], 96)
+    assert all(begins_as_in_torch(weight, 96) for weight in (p["dt_low"]["kernel"], p["B"], p["C"]))
+    assert begins_as_in_torch(p["conv"], W) and begins_as_in_torch(p["conv_bias"], W)
+    assert (W, R) == (4, 3) and begins_as_in_torch(p["dt"]["kernel"], R)
+    np.testing.assert_allclose(np.std(p["in"]["kernel"]), (3 * 48) ** -0.5, rtol=0.03)
+
+
 def test_bad_fields_are_named():
     with pytest.raises(ValueError, match="tau1: expected a number >= 0, got nan"):
         memzoo.make("mem_mamba", width=4, tau1=float("nan"))
@@ -130,3 +148,5 @@ def test_bad_fields_are_named():
         memzoo.make("mem_mamba", width=4, pool_size=0)
     with pytest.raises(NotImplementedError, match="mem_mamba has no form 'associative'"):
         memzoo.make("mem_mamba", width=4, impl="associative")
+    with pytest.raises(ValueError, match="conv_width: expected an integer >= 1, got 0"):
+        memzoo.make("mem_mamba", width=4, conv_width=0)

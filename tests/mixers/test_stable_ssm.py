@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 import memzoo
 from memzoo.mixers import stable_ssm
@@ -51,30 +52,66 @@ def test_best_is_stable_for_all_weights():
     assert jnp.all(decay < 0) and jnp.all(decay >= -10)
 
 
-def gradient_over_weight(kind, decay):
-    """Of the response to a constant input, which is -1 / f(w) at last, by automatic differentiation of the model."""
-    inverse = {"best": np.sqrt(-1 / decay - 0.1), "exp": np.log(-decay), "softplus": np.log(np.expm1(-decay))}
-    w = inverse.get(kind, decay)
+def decays(kind, w):
+    """The paper's table, of which `direct` is without a reparameterisation."""
+    return {"best": -1 / (w**2 + 0.1), "exp": -np.exp(w), "softplus": -np.log(1 + np.exp(w)), "direct": w}[kind]
 
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_impulse_shows_the_kernel_of_each_kind(kind):
+    """Of the layer: 2 Re(sum_n C (exp(dt A) - 1) / A exp(dt A l)) at l, D at 0, through gelu and GLU."""
+    D, N, T = 2, 3, 40
+    mixer, params = initial(kind, width=D, state_size=N)
+    rng = np.random.default_rng(0)
+    w = rng.uniform(0.3, 1.5, (D, N)) * (-1 if kind == "direct" else 1)
+    params["params"] |= {"w": jnp.float32(w), "log_dt": jnp.log(jnp.asarray([0.5, 0.1]))}
+    p = jax.tree.map(np.float64, params["params"])
+    x = np.zeros((D, T, D), np.float32)
+    x[range(D), 0, range(D)] = 1  # one row for each feature
+    A, dt, C = decays(kind, w) + 1j * p["omega"], np.exp(p["log_dt"])[:, None], p["C"][:, :N] + 1j * p["C"][:, N:]
+    kernel = (
+        2 * np.einsum("dn,tdn->dt", C * (np.exp(dt * A) - 1) / A, np.exp(dt * A * np.arange(T)[:, None, None])).real
+    )
+    kernel[:, 0] += p["D"]
+    y = np.einsum("dt,de->dte", kernel, np.eye(D))
+    gelu = y / 2 * (1 + scipy.special.erf(y / 2**0.5))
+    a, b = np.split(gelu @ p["out"]["kernel"] + p["out"]["bias"], 2, axis=-1)
+    np.testing.assert_allclose(jax.jit(mixer.apply)(params, x)[0], a / (1 + np.exp(-b)), atol=1e-5)
+
+
+def gradients_over_weight(kind, decays):
+    """Of the layer's response to a constant input, which is -10 / f(w) at last: gelu(y) = y for such y, GLU is open."""
+    f = np.array(decays)
+    inverse = {"best": np.sqrt(-1 / f - 0.1), "exp": np.log(-f), "softplus": np.log(np.expm1(-f)), "direct": f}
+    mixer, params = initial(kind, width=1, state_size=1)
+    params["params"] |= {
+        "C": jnp.asarray([[5.0, 0.0]]),
+        "D": jnp.zeros(1),
+        "log_dt": jnp.full(1, np.log(10)),  # as exact as any
+        "out": {"kernel": jnp.asarray([[1.0, 0.0]]), "bias": jnp.asarray([0.0, 100.0])},
+    }
+
+    @jax.jit
+    @jax.value_and_grad
     def response(w):
-        A = jax.lax.complex(stable_ssm.DECAYS[kind](w), jnp.zeros_like(w)).reshape(1, 1)
-        arguments = jnp.ones((1, 20_000, 1)), A, jnp.full((1, 1), 0.5 + 0j), jnp.ones(1), jnp.zeros(1)
-        return stable_ssm.stable_ssm(*arguments, jnp.zeros((1, 1, 1), complex), None)[0][0, -1, 0]
+        y_BTD, _ = mixer.apply({"params": params["params"] | {"w": w.reshape(1, 1)}}, jnp.ones((1, 2000, 1)))
+        return y_BTD[0, -1, 0] / 10
 
-    value, gradient = jax.jit(jax.value_and_grad(response))(jnp.float32(w))
-    np.testing.assert_allclose(value, -1 / decay, rtol=1e-3)
-    return abs(float(gradient) / w)
+    w = inverse[kind]
+    values, gradients = zip(*(response(np.float32(each)) for each in w), strict=True)
+    np.testing.assert_allclose(values, -1 / f, rtol=1e-3)
+    return np.abs(np.array(gradients) / w)
 
 
 def test_the_gradient_over_weight_is_bounded_for_best_alone():
     """|f'(w)| / (f(w)^2 |w|): 2 for 'best'; e^-w / |w| for 'exp', and |w|^-3 for 'direct', as memory gets longer."""
     decays = (-0.5, -0.03, -0.001)
-    np.testing.assert_allclose([gradient_over_weight("best", f) for f in decays], [2, 2, 2], rtol=2e-3)
+    np.testing.assert_allclose(gradients_over_weight("best", decays), [2, 2, 2], rtol=2e-3)
     exp = [1 / -f / -np.log(-f) for f in decays]
-    np.testing.assert_allclose([gradient_over_weight("exp", f) for f in decays], exp, rtol=2e-3)
+    np.testing.assert_allclose(gradients_over_weight("exp", decays), exp, rtol=2e-3)
     direct = [1 / -(f**3) for f in decays]
-    np.testing.assert_allclose([gradient_over_weight("direct", f) for f in decays], direct, rtol=2e-3)
-    softplus = [gradient_over_weight("softplus", f) for f in decays]
+    np.testing.assert_allclose(gradients_over_weight("direct", decays), direct, rtol=2e-3)
+    softplus = gradients_over_weight("softplus", decays)
     assert softplus[2] > 20 * softplus[0]
 
 
