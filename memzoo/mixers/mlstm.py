@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from memzoo import contract, ops
 
@@ -106,7 +105,7 @@ class MLSTM(nn.Module):
     def log_gate(self, name, bias_init):
         """The log of a gate, or what makes it, for each head; at the start the same for all tokens."""
         wide = contract.state_dtype(self.dtype)
-        inits: dict[str, Any] = {"kernel_init": nn.initializers.zeros, "bias_init": bias_init}
+        inits = {"kernel_init": nn.initializers.zeros, "bias_init": bias_init}
         return nn.Dense(self.heads, dtype=wide, param_dtype=self.param_dtype, name=name, **inits)
 
 
@@ -118,7 +117,10 @@ def matrix_lstm(q_BTHK, k_BTHK, v_BTHV, i_BTH, log_f_BTH, state, reset_BT, impl=
         return y_BTHV.astype(v_BTHV.dtype), state
     # Given every m, this is linear attention with decays f' and keys i' k.
     C_BHKV, n_BHK, m_BH = state
-    before_BTH, m_BTH = maxima(i_BTH, log_f_BTH, m_BH, reset_BT)
+    least_BTH = jnp.maximum(i_BTH, 0)
+    if reset_BT is not None:  # where m starts at 0
+        least_BTH = jnp.where(reset_BT[..., None], jnp.maximum(least_BTH, log_f_BTH), least_BTH)
+    before_BTH, m_BTH = ops.max_scan(log_f_BTH, least_BTH, m_BH, reset_BT)
     k_BTHK = (jnp.exp(i_BTH - m_BTH)[..., None] * k_BTHK).astype(k_BTHK.dtype)
     log_decay_BTH = log_f_BTH + before_BTH - m_BTH
     y_BTHV, total_BTH, C_BHKV, n_BHK = ops.normalised_linear_attention(
@@ -126,23 +128,6 @@ def matrix_lstm(q_BTHK, k_BTHK, v_BTHV, i_BTH, log_f_BTH, state, reset_BT, impl=
     )
     y_BTHV = y_BTHV / jnp.maximum(jnp.abs(total_BTH), jnp.exp(-m_BTH))[..., None]
     return y_BTHV.astype(v_BTHV.dtype), State(C_BHKV, n_BHK, m_BTH[:, -1])
-
-
-def maxima(i_BTH, log_f_BTH, m_BH, reset_BT):
-    """m before and after every token, by an associative scan over the maps m -> max(m + log f, i, 0)."""
-    cut_BT1 = jnp.zeros((*i_BTH.shape[:2], 1), bool) if reset_BT is None else reset_BT[..., None]
-    m_BH = jnp.where(cut_BT1[:, 0], 0, m_BH)
-    i_BTH = jnp.maximum(i_BTH, 0)
-    first_BH = jnp.where(cut_BT1[:, 0], i_BTH[:, 0], jnp.maximum(m_BH + log_f_BTH[:, 0], i_BTH[:, 0]))
-
-    def combine(left, right):
-        (a, b, cut), (a_next, b_next, cut_next) = left, right
-        return a + a_next, jnp.where(cut_next, b_next, jnp.maximum(b + a_next, b_next)), cut | cut_next
-
-    maps = log_f_BTH, i_BTH.at[:, 0].set(first_BH), cut_BT1
-    m_BTH = lax.associative_scan(combine, maps, axis=1)[1]
-    before_BTH = jnp.concatenate([m_BH[:, None], m_BTH[:, :-1]], axis=1)
-    return jnp.where(cut_BT1, 0, before_BTH), m_BTH
 
 
 def capped(x, cap):

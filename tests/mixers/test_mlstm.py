@@ -88,9 +88,10 @@ def test_wild_gates_stay_finite(impl):
 
 
 def test_forms_agree_where_the_stabiliser_works_hardest():
-    """Values, last states and gradients, in float64, with gates of exp(+-20), a reset and an incoming state."""
+    """Values, last states and gradients, in float64, with gates of exp(+-20), forget gates above 1, a reset."""
     with jax.enable_x64(True):
-        xs, state = inputs(size=20.0)
+        (q, k, v, i, log_f), state = inputs(size=20.0)
+        xs = q, k, v, i, np.where(np.arange(T)[:, None] % 3, log_f, -0.1 * log_f)
         reset = np.arange(T)[None] == 33
 
         def loss(xs, state, impl):
