@@ -4,7 +4,7 @@
     S_t = S_N                y_t = S_t' q_t
 
 Source: Siems, Carstensen, Zela, Hutter, Pontil, Grazzi, "DeltaProduct: Improving State-Tracking in Linear RNNs via
-Householder Products" (2025), arXiv:2502.10297, sec. 3. With `forget_gate` it is the paper's Gated DeltaProduct, whose
+Householder Products" (2025), arXiv:2502.10297. With `forget_gate` it is the paper's Gated DeltaProduct: the
 decay a_t = exp(-rate softplus(dt_t)) is Mamba-2's, once per token. The layer, its sizes, its defaults and the
 initialisation are those of the authors' released code (flash-linear-attention).
 Differs: S is [K, V], the paper's transpose; one convolution over q and all k and v together.

@@ -129,7 +129,7 @@ class RWKV7(nn.Module):
         scale = nn.initializers.constant(((self.layer + 1) / self.layers) ** 0.7)
         norm = nn.LayerNorm(1e-5 * V, feature_axes=(-2, -1), scale_init=scale, name="norm", **kinds)
         rho_HK = self.param("rho", nn.initializers.constant(-0.04), (H, K), self.param_dtype).astype(wide)
-        bonus_BTH1 = jnp.sum(r_BTHK * k_BTHK * rho_HK, -1, keepdims=True)
+        bonus_BTH1 = jnp.sum(r_BTHK * rho_HK * k_BTHK, -1, keepdims=True)
         y_BTHV = norm(y_BTHV) + bonus_BTH1.astype(self.dtype) * v_BTHV
         return linear("out", D, nn.initializers.zeros, y_BTHV.reshape(B, T, H * V) * g_BTE), State(S_BHKV, past_BPD)
 
@@ -154,8 +154,8 @@ def mix(less):
     """1 - (i / D)^(less power) of the token before: the most in the first channels, and less the deeper the layer."""
 
     def init(key, shape, dtype=float):
-        powers_M1 = less * jnp.array(list(MIXES.values()), dtype)[:, None]
-        return 1 - (jnp.arange(shape[1], dtype=dtype) / shape[1]) ** powers_M1
+        powers_M1 = less * jnp.array(list(MIXES.values()))[:, None]
+        return (1 - (jnp.arange(shape[1]) / shape[1]) ** powers_M1).astype(dtype)
 
     return init
 
