@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from memzoo.contract import nearest
+from memzoo.contract import check_numbers, nearest
 from memzoo.ops.checks import check_impl
 
 
@@ -83,6 +83,8 @@ _CARDS = (
          "a matrix memory with an exponential input gate, a normaliser and a stabiliser", "MLSTM"),
     Card("lightning", "linear attention", "Various Lengths, Constant Speed", "2405.17381", "constant", _LINEAR,
          "a fixed decay per head and layer, then a norm over heads and a gate", "Lightning"),
+    Card("based", "linear attention", "Simple linear attention language models balance the recall-throughput tradeoff",
+         "2402.18668", "constant", _LINEAR, "softmax attention with exp as its second-order Taylor series", "Based"),
     Card("gla", "linear attention", "Gated Linear Attention Transformers", "2312.06635", "constant", _LINEAR,
          "an input-dependent decay per key channel", "GLA"),
     Card("hgrn", "linear attention", "Hierarchically Gated Recurrent Neural Network", "2311.04823",
@@ -140,6 +142,7 @@ def make(name: str, *, width: int, **fields: Any) -> Any:
             raise ValueError(f"{field}: {name} has no such field; {nearest(field, known)}")
     check_impl(name, fields.get("impl", "auto"), row.forms)
     alone = flax_class(**{**fields, "width": width, "parent": None})
+    check_numbers(alone)
     jax.eval_shape(lambda: alone.initial_state(1))  # the sizes are checked there, and no array is made
     return flax_class(width=width, **fields)
 
