@@ -85,6 +85,8 @@ _CARDS = (
          "a fixed decay per head and layer, then a norm over heads and a gate", "Lightning"),
     Card("based", "linear attention", "Simple linear attention language models balance the recall-throughput tradeoff",
          "2402.18668", "constant", _LINEAR, "softmax attention with exp as its second-order Taylor series", "Based"),
+    Card("aaren", "linear attention", "Attention as an RNN", "2405.13956", "constant", _LINEAR,
+         "softmax attention whose query is learned, the same for all tokens", "Aaren"),
     Card("gla", "linear attention", "Gated Linear Attention Transformers", "2312.06635", "constant", _LINEAR,
          "an input-dependent decay per key channel", "GLA"),
     Card("hgrn", "linear attention", "Hierarchically Gated Recurrent Neural Network", "2311.04823",

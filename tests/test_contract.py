@@ -41,6 +41,7 @@ FIELDS = {
     "mlstm": {"heads": 3, "key_dim": 6, "value_dim": 7, "input_bias": 0.5, "forget_bias": (0, 2)},
     "lightning": {"heads": 3, "key_dim": 5, "value_dim": 7, "depth": 0.5},
     "based": {"heads": 3, "feature_dim": 4, "value_dim": 7},
+    "aaren": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "gla": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "hgrn": {"state_size": 7, "lower_bound": 0.3},
     "hgrn2": {"heads": 3, "key_dim": 5, "value_dim": 7, "lower_bound": 0.3},
