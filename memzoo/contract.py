@@ -3,6 +3,7 @@
 Dims: B batch, T time, D width.
 """
 
+import dataclasses
 import difflib
 import math
 import numbers
@@ -24,6 +25,7 @@ def begin(mixer: Any, x_BTD: jax.Array, state: Any, reset_BT: jax.Array | None) 
 
     Raises ValueError, naming the argument, what was expected and what came.
     """
+    check_numbers(mixer)
     check_input(x_BTD, mixer.width)
     B, T, _ = x_BTD.shape
     check_reset(reset_BT, B, T)
@@ -82,10 +84,12 @@ def positive(**fields: int) -> None:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
-def finite(**fields: float) -> None:
-    for name, value in fields.items():
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+def check_numbers(mixer: Any) -> None:
+    """Raises ValueError for a field that is a float by default, and is not a finite number."""
+    for field in dataclasses.fields(mixer):
+        value = getattr(mixer, field.name)
+        if isinstance(field.default, float) and (not isinstance(value, numbers.Real) or not math.isfinite(value)):
+            raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
 
 
 def whole_number(value: Any) -> bool:

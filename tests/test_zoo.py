@@ -1,6 +1,8 @@
 """The catalogue says what is there, and a mistake in a name is answered with what was meant."""
 
+import dataclasses
 import importlib
+import math
 import re
 from pathlib import Path
 
@@ -95,3 +97,14 @@ def test_write_table_touches_only_what_is_between_the_markers(tmp_path):
     path.write_text(f"before\n{zoo.BEGIN}old\n{zoo.END}after\n")
     zoo.write_table(path)
     assert path.read_text() == f"before\n{zoo.BEGIN}{zoo.table()}{zoo.END}after\n"
+
+
+@pytest.mark.parametrize("name", memzoo.names())
+def test_numbers_that_are_none_are_refused_by_name(name):
+    """Each field that is a float by default, when it is NaN, infinite or a string."""
+    card = memzoo.card(name)
+    for field in dataclasses.fields(getattr(importlib.import_module(card.module), card.flax_class)):
+        if isinstance(field.default, float):
+            for value in (math.nan, math.inf, "1"):
+                with pytest.raises(ValueError, match=f"{field.name}.*: expected"):
+                    memzoo.make(name, width=12, **{field.name: value})

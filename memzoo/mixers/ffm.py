@@ -56,7 +56,6 @@ class FFM(nn.Module):
     def sizes(self) -> tuple[int, int]:
         """(M, C)"""
         contract.positive(width=self.width, traces=self.traces, contexts=self.contexts)
-        contract.finite(min_period=self.min_period, max_period=self.max_period)
         if not 0 < self.min_period <= self.max_period:
             periods = f"{self.min_period}, {self.max_period}"
             raise ValueError(f"min_period, max_period: expected 0 < min_period <= max_period, got {periods}")

@@ -51,7 +51,6 @@ class HGRN(nn.Module):
         """N"""
         N = self.width if self.state_size is None else self.state_size
         contract.positive(width=self.width, state_size=N)
-        contract.finite(lower_bound=self.lower_bound)
         if not 0 <= self.lower_bound < 1:
             raise ValueError(f"lower_bound: expected 0 <= lower_bound < 1, got {self.lower_bound}")
         return N

@@ -53,7 +53,6 @@ class LRU(nn.Module):
         """N"""
         N = self.width if self.state_size is None else self.state_size
         contract.positive(width=self.width, state_size=N)
-        contract.finite(r_min=self.r_min, r_max=self.r_max, max_phase=self.max_phase)
         if not 0 <= self.r_min < self.r_max <= 1:
             raise ValueError(f"r_min, r_max: expected 0 <= r_min < r_max <= 1, got {self.r_min}, {self.r_max}")
         if not self.max_phase > 0:

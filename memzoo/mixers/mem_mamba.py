@@ -88,7 +88,7 @@ class MemMamba(nn.Module):
     state_size: int = 16  # N, per channel
     pool_size: int = 50  # M
     note_dim: int = 64  # K
-    tau1: float = 0.5  # a token becomes a note if its importance, in (0, 1), is above it; infinity leaves Mamba
+    tau1: float = 0.5  # a token becomes a note if its importance, in (0, 1), is above it; 1 leaves Mamba
     tau2: float = 0.5  # notes are read if the part of them that is forgotten, in [0, 1], is above it
     dt_rank: int | None = None  # R; width / 16, rounded up
     conv_width: int = 4
@@ -102,7 +102,7 @@ class MemMamba(nn.Module):
         contract.positive(width=self.width, expand=self.expand, dt_rank=R, pool_size=self.pool_size)
         contract.positive(state_size=self.state_size, conv_width=self.conv_width, note_dim=self.note_dim)
         for name, tau in (("tau1", self.tau1), ("tau2", self.tau2)):
-            if not tau >= 0:
+            if tau < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {tau}")
         return self.expand * self.width, self.state_size, R, self.conv_width - 1
 

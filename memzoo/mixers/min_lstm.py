@@ -62,7 +62,6 @@ class MinLSTM(nn.Module):
     def size(self) -> int:
         """F"""
         contract.positive(width=self.width, expand=self.expand)
-        contract.finite(forget_bias=self.forget_bias)
         return self.expand * self.width
 
     def initial_state(self, batch: int) -> State:
