@@ -104,6 +104,8 @@ _CARDS = (
          "constant", _LINEAR, "steps of the delta rule per token, which together can turn the memory", "DeltaProduct"),
     Card("kda", "delta rule", "Kimi Linear: An Expressive, Efficient Attention Architecture", "2510.26692", "constant",
          _LINEAR, "the delta rule, and a gate per key channel that forgets", "KDA"),
+    Card("rat", "hybrid", "RAT: Bridging RNN Efficiency and Attention Accuracy", "2507.04416", "constant",
+         ("scan", "chunk"), "a gated recurrence inside chunks, softmax attention across their ends", "RAT"),
 )
 # fmt: on
 

@@ -50,6 +50,7 @@ FIELDS = {
     "gated_deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "delta_product": {"heads": 3, "key_dim": 5, "value_dim": 7, "householders": 4},
     "kda": {"heads": 3, "key_dim": 5, "value_dim": 7, "gate_rank": 6},
+    "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
 }
 NAMES = memzoo.names()
 FORMS = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms]
