@@ -8,8 +8,9 @@ The memory alone, of given signals, is `ops.hippo_memory`, and the past it holds
 Source: Gu, Dao, Ermon, Rudra, Re, "HiPPO: Recurrent Memory with Optimal Polynomial Projections" (2020),
 arXiv:2008.07669, sec. 2.4 and fig. 2 (the cell), sec. 3 (legs).
 Differs: legs' steps are exact by default, not bilinear, so that c_t is the projection of f's past at every step. The
-order is the paper's, h before f and c; the released code writes f from h_{t-1} and x_t and reads c_t. Biases begin
-at 0; y is always a projection of h, so that width and hidden are free.
+order is the paper's, h before f and c; the released code writes f from h_{t-1} and x_t and reads c_t. The weights of
+the gate and of the update begin as in the released code, f's as they would there for h alone, and biases at 0. y is
+always a projection of h, so that width and hidden are free.
 
 Dims: B batch, T time, D width, F hidden, E = 2 F the gate and the update, M signals, N coefficients, X = F + M N.
 """
@@ -85,8 +86,9 @@ class HiPPO(nn.Module):
             return self.param(name, init, shape, self.param_dtype).astype(wide)
 
         gates: dict[str, Any] = {"dot_general": partial(lax.dot_general, preferred_element_type=wide)}
-        a_BTE = nn.Dense(2 * F, name="in", **gates, **kinds)(x_BTD).astype(wide)
-        U_SE = param("recurrent", nn.initializers.xavier_uniform(), M * N, 2 * F)
+        start = gate_and_update(D + M * N)
+        a_BTE = nn.Dense(2 * F, name="in", kernel_init=start, **gates, **kinds)(x_BTD).astype(wide)
+        U_SE = param("recurrent", start, M * N, 2 * F)
         L_FM = param("signal", nn.initializers.lecun_uniform(), F, M)
         b_M = param("signal_bias", nn.initializers.zeros, M)
         k_BT = positions(state.position_B, T, reset_BT)
@@ -99,3 +101,16 @@ class HiPPO(nn.Module):
         x_BTX, x_BX = ops.nonlinear_scan(token, x_BX, (a_BTE, k_BT), reset_BT, impl=self.impl)
         y_BTD = nn.Dense(D, use_bias=False, name="out", **kinds)(x_BTX[..., :F].astype(self.dtype))
         return y_BTD, State(x_BX[:, :F], x_BX[:, F:].reshape(B, M, N), k_BT[:, -1] + 1)
+
+
+def gate_and_update(inputs):
+    """Side by side: the gate's weights normal by the number of all inputs, the update's by Glorot, for these alone."""
+    glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+
+    def init(key, shape, dtype=float):
+        half = shape[0], shape[1] // 2
+        of_gate, of_update = jax.random.split(key)
+        gate = inputs**-0.5 * jax.random.normal(of_gate, half, dtype)
+        return jnp.concatenate([gate, glorot(of_update, half, dtype)], axis=1)
+
+    return init

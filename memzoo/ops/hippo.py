@@ -16,7 +16,8 @@ arXiv:2008.07669, sec. 2.3 (legt, lagt), sec. 3 (legs); Voelker, Kajic, Eliasmit
 Gu, Johnson, Timalsina, Rudra, Re, "How to Train Your HiPPO" (2022), arXiv:2206.12037 (fout, kernels of legs);
 Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces" (2021), arXiv:2111.00396 (normal plus
 low rank).
-Differs: a window of 1 for legt and fout, as in the papers; the released S4 runs both at half that speed.
+Differs: a window of 1 for legt and fout, as in the papers; the released S4 runs both at half that speed. The released
+code's lagt has A + 1/2, which fades half as fast.
 
 All but `bilinear` and what begins with `legs_` is NumPy in float64: constants, made while a mixer is traced.
 
@@ -185,6 +186,7 @@ def expm(A: np.ndarray) -> np.ndarray:
     return out
 
 
+@jax.checkpoint  # or the gradient would keep a matrix of each step
 def legs_stretch(c_N: jax.Array, short: jax.Array, long: jax.Array) -> jax.Array:
     """From legs' coefficients of a past that is `short` to those of one that is `long`, and 0 since: exp(A log(long /
     short)) c, where 0 <= short <= long and 0 < long.

@@ -5,7 +5,7 @@
 f is constant during a step. By `zoh` legs' c_t is the projection of that staircase, its least-squares fit by
 polynomials on all of [0, t], at every t and exactly. `bilinear` is the rule of the paper's experiments with legs.
 
-`associative` for legs by zoh needs no matrix: two pasts join by stretching the first to the length of both.
+`associative` for legs by zoh multiplies no matrices: two pasts join by stretching the first to the length of both.
 
 Source: Gu, Dao, Ermon, Rudra, Re, "HiPPO: Recurrent Memory with Optimal Polynomial Projections" (2020),
 arXiv:2008.07669, sec. 2.3, 3 and appendix (discretisations).

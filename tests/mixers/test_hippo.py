@@ -59,12 +59,23 @@ def test_remembers_a_first_token_at_any_distance():
 
 
 def test_initial_distribution():
-    """Gates half open; recurrent weights as Glorot and Bengio's; the signal of the size of h."""
-    params = memzoo.make("hippo", width=64).init(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]
-    assert params["recurrent"].shape == (64, 128) and params["signal"].shape == (64, 1), "N = F = D, one signal"
-    assert abs(float(jnp.std(params["recurrent"])) - (2 / 192) ** 0.5) < 0.005
-    assert float(jnp.abs(params["signal"]).max()) <= (3 / 64) ** 0.5
-    assert not params["in"]["bias"].any() and not params["signal_bias"].any()
+    """The released code's: the gate has the variance 1 / (D + M N) from x and c, the update Glorot's from each of them.
+    Gates half open; the signal of the size of h."""
+    mixer = memzoo.make("hippo", width=160, hidden=90, state_size=40, signals=2)
+    p = jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 1, 160)))["params"]
+    (of_x, of_c), F = (np.asarray(p["in"]["kernel"]), np.asarray(p["recurrent"])), 90
+    assert of_x.shape == (160, 180) and of_c.shape == (80, 180) and p["signal"].shape == (90, 2)
+    for weights in (of_x, of_c):
+        np.testing.assert_allclose(np.std(weights[:, :F]), (160 + 80) ** -0.5, rtol=0.04)
+        np.testing.assert_allclose(np.std(weights[:, F:]), (2 / (len(weights) + 90)) ** 0.5, rtol=0.04)
+        for half in (weights[:, :F], weights[:, F:]):
+            assert np.abs(half).max() > 3 * np.std(half), "normal, not uniform nor truncated"
+    assert np.abs(np.corrcoef(of_x[:, :F].ravel(), of_x[:, F:].ravel())[0, 1]) < 0.05
+    assert 0.9 * (3 / 90) ** 0.5 < np.abs(p["signal"]).max() <= (3 / 90) ** 0.5
+    assert not p["in"]["bias"].any() and not p["signal_bias"].any()
+    mixer = memzoo.make("hippo", width=64)
+    shapes = jax.eval_shape(mixer.init, jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]
+    assert shapes["recurrent"].shape == (64, 128) and shapes["signal"].shape == (64, 1), "N = F = D, one signal"
 
 
 def test_bad_fields_are_named():

@@ -30,7 +30,7 @@ def test_kernels_of_legs_and_lagt_have_closed_forms():
 
 def test_kernels_of_legt_and_fout_are_a_window():
     """Its basis during the last 1 of time, and 0 before."""
-    for measure, N, near in (("legt", 96, 0.15), ("fout", 256, 0.02)):
+    for measure, N, near in (("legt", 96, 0.15), ("fout", 256, 0.01)):
         got = impulse(measure, N, np.append(AGO, [1.1, 1.4]))[:, :4]
         want = np.vstack([hippo.basis(measure, N, AGO)[:, :4], np.zeros((2, 4))])
         np.testing.assert_allclose(got, want, atol=near)
