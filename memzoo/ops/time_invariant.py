@@ -8,6 +8,9 @@ powers of A serve all tokens, where a product of T matrices would need as many. 
 there are no resets. An FFT cannot stop at a reset; with them, K is applied inside chunks, as a matrix without what lies
 across a reset, and the state goes from chunk to chunk by A^C.
 
+By FFT, an inf or a NaN among the inputs makes all outputs of its sequence and channel NaN, also those before it; in the
+other forms, and where there are resets, only those after it.
+
 Source: Gu, Johnson, Goel, Saab, Dao, Rudra, Re, "Combining Recurrent, Convolutional, and Continuous-time Models with
 Linear State-Space Layers" (2021), arXiv:2110.13985, sec. 3 (the two views).
 
@@ -86,9 +89,9 @@ def convolve(u_BTH: jax.Array, kernel_HL: jax.Array) -> jax.Array:
     return jnp.fft.irfft(u_BFH * K_FH, size, axis=1)[:, :T]
 
 
-def advance(A: jax.Array, h_XHN: jax.Array, n: int) -> jax.Array:
-    """A^n h, by squaring A."""
-    return _power(_squares(A, n + 1), h_XHN, n)
+def strides(A: jax.Array, v_HN: jax.Array, stride: int, n: int) -> jax.Array:
+    """v, A^stride v, A^(2 stride) v, ..., n of them, [n, H, N]; stride is a power of 2."""
+    return _krylov(_squares(A, n * stride)[stride.bit_length() - 1 :], v_HN, n)
 
 
 def kernel(A: jax.Array, B_HN: jax.Array, C_HN: jax.Array, L: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memzoo.ops.time_invariant import FORMS, convolve, kernel, kernel_length, time_invariant
+from memzoo.ops.time_invariant import FORMS, convolve, kernel, kernel_length, strides, time_invariant
 
 B, H, N = 2, 3, 5
 KINDS = ("dense", "diagonal")
@@ -105,6 +105,17 @@ def test_kernel(kind, L):
     want = np.real(np.einsum(equation, C, np.stack(powers), B_))
     with jax.enable_x64(True):
         np.testing.assert_allclose(kernel(*map(jnp.asarray, (A, B_, C)), L), want, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("stride", "n"), [(1, 3), (8, 1), (8, 5)])
+def test_strides(kind, stride, n):
+    _, A, B_, *_ = system(kind, 1)
+    want = [B_]
+    for _ in range((n - 1) * stride):
+        want.append(np.einsum("hnm,hm->hn", A, want[-1]) if kind == "dense" else A * want[-1])
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(strides(jnp.asarray(A), jnp.asarray(B_), stride, n), want[::stride], atol=1e-12)
 
 
 def test_convolve_wraps_nothing_around():
