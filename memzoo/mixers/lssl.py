@@ -14,6 +14,7 @@ lagt has the paper's A, the released code's less 1/2. legt starts without the re
 Dims: B batch, T time, D width, N state size.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -40,8 +41,8 @@ def step(x_N, u, A_NN, B_N, C_N, D):
 class LSSL(nn.Module):
     """x_BTD -> (y_BTD, State). The state is float32, or float64 when `dtype` is.
 
-    Raises ValueError, by name, for an unknown measure, an alpha outside of [0, 1], steps that are not
-    0 < dt_min <= dt_max, and for inputs, state or resets that do not fit.
+    Raises ValueError, by name, for an unknown measure, an alpha outside of [0, 1], or at which the initial A blows up,
+    steps that are not 0 < dt_min <= dt_max, and for inputs, state or resets that do not fit.
     """
 
     width: int
@@ -63,6 +64,11 @@ class LSSL(nn.Module):
             raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha}")
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {self.dt_min}, {self.dt_max}")
+        if not bounded(self.measure, self.state_size, self.alpha, self.dt_max):
+            raise ValueError(
+                f"alpha: expected one at which steps of dt_max = {self.dt_max} do not blow up a state of state_size = "
+                f"{self.state_size}, got {self.alpha}; 0.5 and above never do, less does not at a smaller dt_max"
+            )
         return self.state_size
 
     def initial_state(self, batch: int) -> State:
@@ -108,6 +114,21 @@ def matrices(below, diagonal, above, left, right, shift, b):
     """(A_NN, B_N) from the diagonals of T, P, Q, c and b."""
     T_NN = jnp.diag(diagonal) + jnp.diag(below, -1) + jnp.diag(above, 1)
     return -left[:, None] * (jnp.linalg.inv(T_NN) + jnp.diag(shift)) * right, left * b
+
+
+@functools.cache
+def bounded(measure, N, alpha, dt):
+    """Whether no power of the initial step's matrix is large. Eigenvalues in the unit circle are not enough, as A is
+    far from normal: those of legs with 64 states, alpha = 0.4 and dt = 0.1 are all there, and its powers reach 1e18."""
+    if alpha >= 0.5:
+        return True  # A + A* is negative, so that no step lengthens the state
+    A_NN, _ = hippo.transition(measure, N)
+    power_NN = np.linalg.solve(np.eye(N) - alpha * dt * A_NN, np.eye(N) + (1 - alpha) * dt * A_NN)
+    for _ in range(14):  # up to the power 2^13
+        if not np.linalg.norm(power_NN) < 1e3:  # which leaves float32 four digits
+            return False
+        power_NN = power_NN @ power_NN
+    return True
 
 
 def quasiseparable(measure, N):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.special
 
 import memzoo
 from memzoo.mixers import lssl
@@ -50,6 +51,72 @@ def test_equals_a_fine_solve_of_the_ode(measure):
     recurrence = run(measure, 1 / 64, time, C, "scan")
     for impl in ("associative", "conv"):
         np.testing.assert_allclose(run(measure, 1 / 64, time, C, impl), recurrence, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["scan", "associative", "conv"])
+@pytest.mark.parametrize(
+    ("measure", "trained", "alpha"), [("legs", True, 0.5), ("legt", True, 1.0), ("lagt", False, 0.3)]
+)
+def test_is_the_layer_of_the_paper(measure, trained, alpha, impl):
+    """In float64, token by token, with other parameters than the first: the solve, gelu, W."""
+    D, N, T = 2, 4, 40
+    rng = np.random.default_rng(0)
+    x_BTD = rng.standard_normal((1, T, D)).astype(np.float32)
+    fields = {"state_size": N, "measure": measure, "trained": trained, "alpha": alpha, "impl": impl}
+    mixer = memzoo.make("lssl", width=D, **fields)
+    params = jax.jit(mixer.init)(jax.random.key(0), x_BTD)
+    params = jax.tree.map(lambda z: np.float32(z + 0.05 * rng.standard_normal(z.shape)), params)
+    p = jax.tree.map(np.float64, params["params"])
+    if trained:
+        T_NN = np.diag(p["A_diagonal"]) + np.diag(p["A_below"], -1) + np.diag(p["A_above"], 1)
+        middle = np.linalg.inv(T_NN) + np.diag(p["A_shift"])
+        A, B = -np.diag(p["A_left"]) @ middle @ np.diag(p["A_right"]), p["A_left"] * p["A_b"]
+    else:
+        A, B = hippo.transition(measure, N)
+    y = np.zeros((T, D))
+    for d, dt in enumerate(np.exp(p["log_dt"])):
+        state = np.zeros(N)
+        for t, u in enumerate(np.float64(x_BTD[0, :, d])):
+            right = (np.eye(N) + (1 - alpha) * dt * A) @ state + dt * B * u
+            state = np.linalg.solve(np.eye(N) - alpha * dt * A, right)
+            y[t, d] = p["C"][d] @ state + p["D"][d] * u
+    gelu = y / 2 * (1 + scipy.special.erf(y / 2**0.5))
+    y_BTD, _ = jax.jit(mixer.apply)(params, x_BTD)
+    np.testing.assert_allclose(y_BTD[0], gelu @ p["out"]["kernel"] + p["out"]["bias"], atol=1e-5)
+
+
+def test_the_state_of_legs_reconstructs_a_polynomial():
+    """In x = exp(-t), of a degree less than N and for all of the past: f(-t) = sum_n c_n p_n(exp(-t))."""
+    N, dt, q = 5, 1 / 200, np.polynomial.Polynomial([0.3, -2, 1, 4, -3])
+    A, B = hippo.transition("legs", N)
+    with jax.enable_x64(True):
+        A_t, B_t = hippo.bilinear(jnp.asarray(A), jnp.asarray(B), dt)
+        u = jnp.asarray(q(np.exp(-dt * (np.arange(4000)[::-1] + 0.5))))[None, :, None]
+        zero = jnp.zeros((1, 1, N))
+        _, c = jax.jit(lssl.lssl)(u, A_t[None], B_t[None], zero[0], jnp.zeros(1), zero, None)
+    x = np.linspace(0, 1, 30)
+    np.testing.assert_allclose(hippo.legendre(N, x) @ np.asarray(c)[0, 0], q(x), atol=1e-3)
+
+
+@pytest.mark.parametrize(("measure", "N"), [("legs", 64), ("legs", 16), ("legt", 16), ("lagt", 64)])
+def test_what_blows_up_is_refused(measure, N):
+    """1,024 steps of dt_max are multiplied out; refused if they make a state thousands of times as long."""
+    A, _ = hippo.transition(measure, N)
+    for alpha in (0, 0.25, 0.4, 0.45, 0.499, 0.5, 1.0):
+        step = np.linalg.solve(np.eye(N) - alpha * 0.1 * A, np.eye(N) + (1 - alpha) * 0.1 * A)
+        state, largest = np.eye(N), 1.0
+        for _ in range(1024):
+            state = step @ state
+            if (largest := max(largest, np.linalg.norm(state, 2))) > 1e9:
+                break
+        if largest < 300:
+            memzoo.make("lssl", width=2, measure=measure, state_size=N, alpha=alpha)
+        elif largest > 3000:
+            with pytest.raises(
+                ValueError, match=f"alpha: expected one at which .* got {alpha}; 0.5 and above never do"
+            ):
+                memzoo.make("lssl", width=2, measure=measure, state_size=N, alpha=alpha)
+            memzoo.make("lssl", width=2, measure=measure, state_size=N, alpha=alpha, dt_max=1e-3)
 
 
 def test_half_the_step_at_twice_the_sampling_rate_is_the_same_output():
