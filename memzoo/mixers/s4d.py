@@ -9,8 +9,9 @@
 
 Source: Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space Models" (2022),
 arXiv:2206.11893, sec. 3 (discretisations, parameters), sec. 4 (initialisations; that B is halved for legs).
-Differs: this is the released layer without dropout; the released code does not halve B. `conv` is the paper's, `chunk`
-convolves inside chunks.
+Differs: this is the released layer without dropout. The released code does not halve B of legs, and clamps its
+imaginary parts at +-2, which depend on the phases of its eigenvectors; here these make B real. `conv` is the paper's,
+`chunk` convolves inside chunks.
 
 Dims: B batch, T time, D width, N conjugate pairs of the state.
 """

@@ -9,7 +9,8 @@ sec. 3 and the appendix on initialisation: Lambda from HiPPO-N, block-diagonal w
 eigenvectors; a step dt of its own for each state.
 Differs: this is the SSM alone, since the nonlinearity and the residual around it belong to the model. Real parts of
 Lambda stay below -1e-4, the released code's option for sequences of unbounded length. It draws B with variance
-1 / state_size; here it is LeCun's, 1 / width.
+1 / state_size; here it is LeCun's, 1 / width. Its third way to draw C, 'lecun_normal' of variance 1 / (width
+state_size), is left out.
 
 Dims: B batch, T time, D width, J blocks, P = state_size / J, real, N = state_size / 2 complex states, K = N / J of them
       in a block, E = 2 N, real parts before imaginary ones.
@@ -49,7 +50,7 @@ class S5(nn.Module):
     state_size: int | None = None  # 2 N, even; width, or one more
     blocks: int | None = None  # J; 8, or the largest divisor of 8 that divides N
     discretisation: str = "zoh"  # 'bilinear'
-    C_init: str = "lecun_normal"  # in HiPPO's eigenvectors, or 'complex_normal' of variance 1
+    C_init: str = "trunc_standard_normal"  # of variance 1 / state_size, in HiPPO's eigenvectors; or 'complex_normal', 1
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
@@ -64,7 +65,7 @@ class S5(nn.Module):
             raise ValueError(f"state_size: expected an even integer >= 2, a conjugate for each state, got {size!r}")
         J = math.gcd(8, size // 2) if self.blocks is None else self.blocks
         contract.divisible("state_size / 2", size // 2, "blocks", J)
-        known = {"discretisation": ("zoh", "bilinear"), "C_init": ("lecun_normal", "complex_normal")}
+        known = {"discretisation": ("zoh", "bilinear"), "C_init": ("trunc_standard_normal", "complex_normal")}
         for field, names in known.items():
             if (got := getattr(self, field)) not in names:
                 nearest = contract.nearest(str(got), names)
@@ -94,7 +95,7 @@ class S5(nn.Module):
         Lambda_N = lax.complex(jnp.minimum(real_N, -1e-4), imaginary_N)
         dt_N = jnp.exp(param("log_dt", log_uniform(self.dt_min, self.dt_max), N))
         B_ED = param("B", eigenvector_B(V_PK, J), 2 * N, D)
-        C_init = eigenvector_C(V_PK, J) if self.C_init == "lecun_normal" else nn.initializers.normal(0.5**0.5)
+        C_init = eigenvector_C(V_PK, J) if self.C_init != "complex_normal" else nn.initializers.normal(0.5**0.5)
         C_DE = param("C", C_init, D, 2 * N)
         D_D = param("D", nn.initializers.normal(1.0), D)
 

@@ -5,7 +5,8 @@
 Source: Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space Models" (2022),
 arXiv:2206.11893, for the recurrence and its kernel y_t = sum_s Re(sum_n c_n lambda_n^s b_n) x_{t-s}.
 Differs: `chunk` convolves with the kernel's first C taps only and carries the state from chunk to chunk, so that it is
-linear in T, takes an incoming state and keeps no state but one per chunk.
+linear in T, takes an incoming state and keeps no state but one per chunk. It does so by a matrix that is 0 above its
+diagonal, so that without resets an inf or a NaN among the inputs makes outputs NaN from the start of its chunk on.
 
 Dims: B batch, T time, D channels, N state size, C chunk, M chunks, X = D N.
 """

@@ -131,8 +131,9 @@ def test_fields_that_do_not_fit_are_refused():
         ({"state_size": 5}, "state_size: expected an even integer"),
         ({"state_size": 12, "blocks": 4}, "state_size / 2: expected a positive multiple of blocks = 4, got 6"),
         ({"discretisation": "zho"}, "discretisation: .*did you mean zoh"),
-        ({"C_init": "lecun"}, "C_init: .*did you mean lecun_normal"),
+        ({"C_init": "trunc_normal"}, "C_init: .*did you mean trunc_standard_normal"),
         ({"dt_min": 0.0}, "dt_min"),
+        ({"blocks": 0}, "blocks: expected an integer >= 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             memzoo.make("s5", width=4, **fields)
