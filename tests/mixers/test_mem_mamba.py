@@ -142,7 +142,7 @@ def test_initial_weights_are_those_of_the_released_code():
 
 
 def test_bad_fields_are_named():
-    with pytest.raises(ValueError, match="tau1: expected a number >= 0, got -0.1"):
+    with pytest.raises(ValueError, match=r"tau1: expected a number >= 0, got -0.1"):
         memzoo.make("mem_mamba", width=4, tau1=-0.1)
     with pytest.raises(ValueError, match="pool_size: expected an integer >= 1, got 0"):
         memzoo.make("mem_mamba", width=4, pool_size=0)
