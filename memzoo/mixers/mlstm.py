@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memzoo import contract, ops
 
@@ -46,7 +47,7 @@ class MLSTM(nn.Module):
     """x_BTD -> (y_BTD, State). The state is float32, or float64 when `dtype` is.
 
     Raises ValueError, by name, for a width that heads do not divide, an unknown forget gate, a cap that is not
-    positive, and for inputs, state or resets that do not fit.
+    positive, biases that are not two, and for inputs, state or resets that do not fit.
     """
 
     width: int
@@ -54,7 +55,7 @@ class MLSTM(nn.Module):
     key_dim: int | None = None  # per head; half of value_dim
     value_dim: int | None = None  # per head; width / heads
     forget_gate: str = "sigmoid"  # or "exp", which may grow what is there
-    gate_cap: float | None = 15.0  # of the logs of the gates, as cap tanh(x / cap)
+    gate_cap: float = 15.0  # what makes the gates is capped softly, as cap tanh(x / cap); a very large one is none
     input_bias: float = -10.0  # of the input gate at the start: little is written
     forget_bias: tuple[float, float] = (3.0, 6.0)  # of the first head and the last: from 20 to 400 tokens are held
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
@@ -71,8 +72,10 @@ class MLSTM(nn.Module):
         if self.forget_gate not in FORGET:
             near = contract.nearest(str(self.forget_gate), FORGET)
             raise ValueError(f"forget_gate: unknown gate {self.forget_gate!r}; {near}")
-        if self.gate_cap is not None and not self.gate_cap > 0:
-            raise ValueError(f"gate_cap: expected a number > 0 or None, got {self.gate_cap}")
+        if not self.gate_cap > 0:
+            raise ValueError(f"gate_cap: expected a number > 0, got {self.gate_cap}")
+        if np.shape(self.forget_bias) != (2,) or not np.isfinite(self.forget_bias).all():
+            raise ValueError(f"forget_bias: expected two finite numbers, got {self.forget_bias!r}")
         return self.heads, K, V
 
     def initial_state(self, batch: int) -> State:
@@ -92,7 +95,7 @@ class MLSTM(nn.Module):
         v_BTHV = nn.DenseGeneral((H, V), name="v", **kinds)(x_BTD)
         i_BTH = self.log_gate("input", nn.initializers.constant(self.input_bias))(x_BTD)
         f_BTH = self.log_gate("forget", spread(*self.forget_bias, self.forget_gate))(x_BTD)
-        i_BTH, f_BTH = capped(i_BTH, self.gate_cap), capped(f_BTH, self.gate_cap)
+        i_BTH, f_BTH = (self.gate_cap * jnp.tanh(gate_BTH / self.gate_cap) for gate_BTH in (i_BTH, f_BTH))
         log_f_BTH = nn.log_sigmoid(f_BTH) if self.forget_gate == "sigmoid" else f_BTH
 
         y_BTHV, state = matrix_lstm(q_BTHK, k_BTHK, v_BTHV, i_BTH, log_f_BTH, state, reset_BT, self.impl)
@@ -128,10 +131,6 @@ def matrix_lstm(q_BTHK, k_BTHK, v_BTHV, i_BTH, log_f_BTH, state, reset_BT, impl=
     )
     y_BTHV = y_BTHV / jnp.maximum(jnp.abs(total_BTH), jnp.exp(-m_BTH))[..., None]
     return y_BTHV.astype(v_BTHV.dtype), State(C_BHKV, n_BHK, m_BTH[:, -1])
-
-
-def capped(x, cap):
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def spread(first, last, forget_gate):

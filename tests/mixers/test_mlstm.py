@@ -128,7 +128,7 @@ def test_exponential_forget_gates_begin_where_sigmoid_ones_do():
     x_BTD = np.random.default_rng(0).standard_normal((1, 20, 16)).astype(np.float32)
     ys = []
     for kind in ("sigmoid", "exp"):
-        mixer = memzoo.make("mlstm", width=16, forget_gate=kind, gate_cap=None, input_bias=0.0)
+        mixer = memzoo.make("mlstm", width=16, forget_gate=kind, gate_cap=1e6, input_bias=0.0)
         ys.append(jax.jit(mixer.apply)(jax.jit(mixer.init)(jax.random.key(0), x_BTD), x_BTD)[0])
     np.testing.assert_allclose(ys[0], ys[1], atol=1e-5)
 
@@ -136,7 +136,9 @@ def test_exponential_forget_gates_begin_where_sigmoid_ones_do():
 def test_bad_fields_are_named():
     with pytest.raises(ValueError, match=r"forget_gate: unknown gate 'sigmoidal'; did you mean sigmoid"):
         memzoo.make("mlstm", width=8, forget_gate="sigmoidal")
-    with pytest.raises(ValueError, match=r"gate_cap: expected a number > 0 or None, got 0"):
+    with pytest.raises(ValueError, match=r"gate_cap: expected a number > 0, got 0"):
         memzoo.make("mlstm", width=8, gate_cap=0)
+    with pytest.raises(ValueError, match=r"forget_bias: expected two finite numbers, got \(3.0,\)"):
+        memzoo.make("mlstm", width=8, forget_bias=(3.0,))
     with pytest.raises(ValueError, match=r"key_dim: expected an integer >= 1, got 0"):
         memzoo.make("mlstm", width=8, key_dim=0)
