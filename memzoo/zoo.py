@@ -96,6 +96,8 @@ _CARDS = (
          _LINEAR, "HGRN with a matrix state: GLA whose key is what the forget gate forgets", "HGRN2"),
     Card("rwkv7", "linear attention", "RWKV-7 'Goose' with Expressive Dynamic State Evolution", "2503.14456",
          "constant", _LINEAR, "the delta rule with a decay and a learning rate per key channel", "RWKV7"),
+    Card("mom", "linear attention", "MoM: Linear Sequence Modeling with Mixture-of-Memories", "2502.13685", "constant",
+         _LINEAR, "Gated DeltaNet with many memories, of which a router chooses a few per token", "MoM"),
     Card("deltanet", "delta rule", "Parallelizing Linear Transformers with the Delta Rule", "2406.06484", "constant",
          _LINEAR, "writes correct what the memory holds under a key", "DeltaNet"),
     Card("gated_deltanet", "delta rule", "Gated Delta Networks", "2412.06464", "constant", _LINEAR,
