@@ -47,6 +47,7 @@ FIELDS = {
     "hgrn2": {"heads": 3, "key_dim": 5, "value_dim": 7, "lower_bound": 0.3},
     "rwkv7": {"heads": 3, "key_dim": 5, "value_dim": 7, "decay_rank": 4, "rate_rank": 6, "gate_rank": 8},
     "mom": {"heads": 3, "key_dim": 6, "value_dim": 8, "memories": 4, "top_k": 2},
+    "causal_rn": {"hidden": 7, "window": 17},
     "deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "gated_deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "delta_product": {"heads": 3, "key_dim": 5, "value_dim": 7, "householders": 4},
