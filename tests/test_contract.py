@@ -210,6 +210,7 @@ def test_forms_agree(name, impl):
     assert_close(whole(name, impl)(*arguments), whole(name, definition)(*arguments), 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "impl"), FAST)
 def test_forms_agree_in_float64(name, impl):
     with jax.enable_x64(True):
