@@ -4,7 +4,7 @@
     y_t = W_3 norm(r_t) + b'        norm(z) = (z - mean z) / std z
 
 The inner norm is of a pair, so that r_t is no function of a running sum, and every c_j has to be kept. Without it,
-exp(a_t + c_j) is a product, r_t that of exp(a_t) and a running sum: a linear RNN, which the paper finds cannot copy.
+exp(a_t + c_j) is a product, r_t that of exp(a_t) and a running sum: a linear RNN, which the paper finds copies worse.
 
 Source: Cui, Yan, Muhawenayo, Kerner, "An All-MLP Sequence Modeling Architecture That Excels at Copying" (2024),
 arXiv:2406.16168, and its released code: the norms, both without weights, the biases, and normal initial values of 0.02.

@@ -5,8 +5,8 @@
     y_t = (sum over m of g_t^m S_t^m)' q_t
 
 Source: Du, Sun, Lan, Hu, Cheng, "MoM: Linear Sequence Modeling with Mixture-of-Memories" (2025), arXiv:2502.13685,
-sec. 3; each memory is that of its released models, Gated DeltaNet, Yang, Kautz, Hatamizadeh (2024), arXiv:2412.06464,
-eq. 10; rates and biases common to all memories, and the number of memories, from the released code.
+with the memory of its released models, that of Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024),
+arXiv:2412.06464, eq. 10; rates and biases common to all memories, and the number of memories, from the released code.
 Differs: no memory has a capacity: the first release drops a memory's oldest tokens when later ones are too many, which
 is not causal. The short convolution is that of Gated DeltaNet, over the sequence; the released one runs over the tokens
 of one memory. S is [K, V], the transpose of what it is in Gated DeltaNet's paper.

@@ -7,7 +7,7 @@ K~ and V~ are the last k~ and v~ of each earlier chunk. Chunks of one token make
 one chunk for all tokens makes it a gated linear RNN.
 
 Source: Wei, Yadav, Pascanu, Gulcehre, "RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence
-Modeling" (2025), arXiv:2507.04416, sec. 3 (its first version: "... in Language Modeling"); chunks as places for rotary
+Modeling" (2025), arXiv:2507.04416 (its first version: "... in Language Modeling"); chunks as places for rotary
 embeddings, queries and keys shared by the heads of a group, and initial gates from the released code.
 Differs: only the last `window` chunks are seen, the present one included, so that the state is of one size: all of
 them, as in the paper, up to window L tokens; rotary places count from the present chunk back, and pairs (0, 1), (2, 3),
