@@ -126,7 +126,7 @@ class Decay(NamedTuple):
     """Decays and segments inside one chunk. The log-decays and what comes of them have a last axis of K or 1."""
 
     coarse_BHCK: jax.Array  # cumulative log-decay, in multiples of COARSE
-    fine_BHCK: jax.Array  # and the rest of it
+    fine_BHCK: jax.Array  # and the rest of it, from the start of the segment
     segment_B1C: jax.Array  # how many resets so far
 
     def between(self, i, j):
@@ -160,10 +160,12 @@ def decay(log_decay_NBHCK: jax.Array, reset_NBC: jax.Array) -> Decay:
     floor = FLOOR if log_decay_NBHCK.dtype == jnp.float64 else max(FLOOR, exact)
     clipped = jnp.maximum(log_decay_NBHCK, floor)
     coarse = jnp.round(lax.stop_gradient(clipped) / COARSE) * COARSE
-    cumsum = lambda x: jnp.cumsum(x, axis=-2)
-    return Decay(
-        cumsum(coarse), cumsum(clipped - coarse), jnp.cumsum(reset_NBC, axis=-1, dtype=jnp.int32)[..., None, :]
-    )
+    segment_NB1C = jnp.cumsum(reset_NBC, axis=-1, dtype=jnp.int32)[..., None, :]
+    # Fine sums begin anew with each segment, so that a gradient is 0 across a reset and not what rounding leaves of it.
+    before_CC = np.tri(log_decay_NBHCK.shape[-2], dtype=bool)
+    summed_NB1CC = before_CC & (segment_NB1C[..., :, None] == segment_NB1C[..., None, :])
+    fine = jnp.matmul(summed_NB1CC.astype(clipped.dtype), clipped - coarse, precision="highest")
+    return Decay(jnp.cumsum(coarse, axis=-2), fine, segment_NB1C)
 
 
 def gradient_of(d: Decay, d_fine: jax.Array) -> Decay:
