@@ -13,6 +13,11 @@ was not finite or an error, is in the table with its message; the others go on, 
 `--names gru lru` takes these alone; others can be added with --resume. All have the same learning rate, so the order of
 two that are close says little.
 
+Each takes one to five minutes on two CPU cores. Expect, against 2.321 nats for pairs of bytes, with a third of the
+steps (--steps 200): from 1.43 (mamba2), 1.46 (gru) and 1.47 (mamba) over 1.50 (gated_deltanet) and 1.76 (attention) to
+2.20 (linear_attention, based, aaren, which know no order of tokens, and causal_rn 2.23); bilinear_rnn, which forgets
+all but its last few tokens, is at 2.36, and at 2.316 after all 600.
+
 `--out` holds table.md, zoo_language.jsonl (a line per architecture), loss.png, and a directory for each architecture
 as language_model.py writes it.
 
