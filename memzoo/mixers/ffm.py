@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memzoo import contract, ops
+from memzoo.ops.initial import within
 
 
 class State(NamedTuple):
@@ -114,8 +115,3 @@ def fading(max_period):
 def turning(min_period, max_period):
     """Periods evenly from one to the other."""
     return lambda key, shape, dtype=float: (2 * math.pi / jnp.linspace(min_period, max_period, *shape)).astype(dtype)
-
-
-def within(bound):
-    """Uniform in +-bound. 1/sqrt(D) for a layer of D inputs, its weights and its bias, is PyTorch's default."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memzoo import contract, ops
+from memzoo.ops.initial import within
 
 
 class State(NamedTuple):
@@ -95,8 +96,3 @@ def hgru(f_BTN, c_BTN, theta_N, h_BN, reset_BT, impl="auto"):
 def rotary(key, shape, dtype=float):
     """10000^(-2 n / N): a turn per token from 1 down to 1e-8, twice the range of rotary position codes."""
     return 10000 ** (-2 * jnp.arange(*shape, dtype=dtype) / shape[0])
-
-
-def within(bound):
-    """Uniform in +-bound. 1/sqrt(D) for a layer of D inputs, its weights and its bias, is PyTorch's default."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import like_torch, within
 
 
 class State(NamedTuple):
@@ -162,14 +163,6 @@ def skipping_s6(x_BTE, dt_BTE, A_NE, B_BTN, C_BTN, D_E, threshold_E, h_BNE, rese
     dt_BTE = skip(dt_BTE, threshold_E)
     y_BTE, h_BNE = ops.selective_scan(x_BTE, dt_BTE, A_NE, B_BTN, C_BTN, h_BNE, reset_BT, impl=impl)
     return (y_BTE + D_E * x_BTE).astype(x_BTE.dtype), h_BNE
-
-
-like_torch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # in +-1/sqrt(fan_in)
-
-
-def within(bound):
-    """Uniform in +-bound; 1/sqrt(W) for a depthwise convolution of width W, its weights and its bias."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def log_integers(key, shape, dtype=float):

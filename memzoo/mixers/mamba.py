@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import like_torch, within
 
 
 class State(NamedTuple):
@@ -123,14 +124,6 @@ def initialisers(kind, W, R):
         return {"conv": last_tap, "conv_bias": zeros, "dt": zeros, "dt_bias": one, "A_log": A_log, "C": beside}
     conv, dt = within(W**-0.5), within(R**-0.5)
     return {"conv": conv, "conv_bias": conv, "dt": dt, "dt_bias": small_step, "A_log": log_integers, "C": apart}
-
-
-like_torch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # in +-1/sqrt(fan_in)
-
-
-def within(bound):
-    """Uniform in +-bound; 1/sqrt(W) for a depthwise convolution of width W, its weights and its bias."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def log_integers(key, shape, dtype=float):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import within
 
 
 class State(NamedTuple):
@@ -112,11 +113,6 @@ def ssd(C_BTGN, B_BTGN, x_BTHP, dt_BTH, A_H, D_H, h_BHNP, reset_BT, impl="auto")
     v_BTHP = (dt_BTH[..., None] * x_BTHP).astype(x_BTHP.dtype)
     y_BTHP, h_BHNP = ops.linear_attention(C_BTHN, B_BTHN, v_BTHP, dt_BTH * A_H, h_BHNP, reset_BT, impl=impl)
     return (y_BTHP + D_H[:, None] * x_BTHP).astype(x_BTHP.dtype), h_BHNP
-
-
-def within(bound):
-    """Uniform in +-bound; 1/sqrt(W) for a depthwise convolution of width W, its weights and its bias."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def log_uniform(low, high):

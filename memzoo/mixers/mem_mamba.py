@@ -30,6 +30,7 @@ from jax import lax
 
 from memzoo import contract, ops
 from memzoo.ops.checks import check_impl
+from memzoo.ops.initial import like_torch, within
 
 FORMS = ("scan", "chunk")
 
@@ -216,14 +217,6 @@ def _notes_of_chunk(pool, q_CK, note_CK, excess_C, log_decay_C, reset_C, tau2):
     note_MK = jnp.where(filled_M[:, None], note_LK[from_M], 0)
     log_kept_M = jnp.where(filled_M, (at_note_L + since_LC[:, -1])[from_M], 0)
     return Pool(note_MK, log_kept_M, jnp.sum(filled_M, dtype=jnp.int32)), c_CK
-
-
-like_torch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # in +-1/sqrt(fan_in)
-
-
-def within(bound):
-    """Uniform in +-bound; 1/sqrt(W) for a depthwise convolution of width W, its weights and its bias."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def log_integers(key, shape, dtype=float):

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import within
 
 
 class State(NamedTuple):
@@ -81,8 +82,3 @@ def min_gru(z_BTF, c_BTF, h_BF, reset_BT, positive=True, impl="auto"):
     if impl == "scan":
         return ops.recur(partial(step, act=act), h_BF, (z_BTF, c_BTF), reset_BT)
     return ops.linear_scan(nn.sigmoid(-z_BTF), nn.sigmoid(z_BTF) * act(c_BTF), h_BF, reset_BT, impl=impl)
-
-
-def within(bound):
-    """Uniform in +-bound. 1/sqrt(D) for a layer of D inputs, its weights and its bias, is PyTorch's default."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import within
 
 
 class State(NamedTuple):
@@ -92,11 +93,6 @@ def min_lstm(f_BTF, i_BTF, c_BTF, h_BF, reset_BT, positive=True, impl="auto"):
         return ops.recur(partial(step, act=act), h_BF, (f_BTF, i_BTF, c_BTF), reset_BT)
     f_BTF, i_BTF = normalised(f_BTF, i_BTF)
     return ops.linear_scan(f_BTF, i_BTF * act(c_BTF), h_BF, reset_BT, impl=impl)
-
-
-def within(bound):
-    """Uniform in +-bound. 1/sqrt(D) for a layer of D inputs, its weights and its bias, is PyTorch's default."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def forget_first(forget_bias, bound):

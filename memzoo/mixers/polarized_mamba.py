@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import like_torch, within
 
 
 class State(NamedTuple):
@@ -115,14 +116,6 @@ def polarized(x_BTE, dt_BTE, A_ME, B_BTM, C_BTM, now_BT, D_E, h_BME, reset_BT, i
         return y_BTE.astype(x_BTE.dtype), h_BME
     y_BTE, h_BME = ops.selective_scan(x_BTE, dt_BTE, A_ME, B_BTM, C_BTM, h_BME, reset_BT, impl=impl)
     return (y_BTE + (now_BT[..., None] * dt_BTE + D_E) * x_BTE).astype(x_BTE.dtype), h_BME
-
-
-like_torch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # in +-1/sqrt(fan_in)
-
-
-def within(bound):
-    """Uniform in +-bound; 1/sqrt(W) for a depthwise convolution of width W, its weights and its bias."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def log_integers(key, shape, dtype=float):

@@ -8,6 +8,7 @@ import pytest
 import memzoo
 from memzoo.mixers import long_mamba
 from memzoo.models.backbone import LanguageModel
+from tests.initial import begins_as_in_torch
 
 IMPLS = ("scan", "associative", "chunk")
 FIELDS = {"width": 6, "state_size": 3, "dt_rank": 2}
@@ -125,12 +126,6 @@ def test_skipping_streams_and_resets_in_every_form():
     assert np.abs(plain - outputs["scan"]).max() > 1e-3, "some tokens were skipped"
     for impl in IMPLS:
         np.testing.assert_allclose(outputs[impl], outputs["scan"], atol=1e-5)
-
-
-def begins_as_in_torch(weight, fan_in):
-    """Uniform in +-fan_in^-1/2, by Kolmogorov and Smirnov's test at 0.1 per cent."""
-    u = np.sort((np.ravel(np.float64(weight)) * fan_in**0.5 + 1) / 2)
-    return u[0] >= 0 and u[-1] <= 1 and np.abs(u - (np.arange(u.size) + 0.5) / u.size).max() < 2 * u.size**-0.5
 
 
 def test_initial_weights_are_those_of_the_released_code():

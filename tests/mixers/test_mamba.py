@@ -7,6 +7,7 @@ import pytest
 
 import memzoo
 from memzoo.mixers import mamba
+from tests.initial import begins_as_in_torch
 
 s6 = jax.jit(mamba.s6, static_argnums=8)
 
@@ -108,12 +109,6 @@ def test_mimetic_is_causal_linear_attention_that_looks_for_like_tokens():
     correlation = lambda p: np.corrcoef(np.ravel(p["B"]), np.ravel(p["C"]))[0, 1]
     assert abs(correlation(plain)) < 0.1
     assert 0.6 < correlation(params["params"]) < 0.8  # 1 / sqrt(2), and not 1
-
-
-def begins_as_in_torch(weight, fan_in):
-    """Uniform in +-fan_in^-1/2, by Kolmogorov and Smirnov's test at 0.1 per cent."""
-    u = np.sort((np.ravel(np.float64(weight)) * fan_in**0.5 + 1) / 2)
-    return u[0] >= 0 and u[-1] <= 1 and np.abs(u - (np.arange(u.size) + 0.5) / u.size).max() < 2 * u.size**-0.5
 
 
 def test_initial_weights_are_those_of_the_released_code():

@@ -9,6 +9,7 @@ import pytest
 
 import memzoo
 from memzoo.mixers import mem_mamba
+from tests.initial import begins_as_in_torch
 
 IMPLS = ("scan", "chunk")
 M, K = 5, 3
@@ -121,12 +122,6 @@ def test_initial_steps_decays_and_importance():
     assert np.abs(uniform - (np.arange(1000) + 0.5) / 1000).max() < 0.05
     _, state = jax.jit(mixer.apply)(params, x_BTD)
     assert 100 < state.pool.count_B[0] < 200
-
-
-def begins_as_in_torch(weight, fan_in):
-    """Uniform in +-fan_in^-1/2, by Kolmogorov and Smirnov's test at 0.1 per cent."""
-    u = np.sort((np.ravel(np.float64(weight)) * fan_in**0.5 + 1) / 2)
-    return u[0] >= 0 and u[-1] <= 1 and np.abs(u - (np.arange(u.size) + 0.5) / u.size).max() < 2 * u.size**-0.5
 
 
 def test_initial_weights_are_those_of_the_released_code():

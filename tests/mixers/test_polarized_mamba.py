@@ -7,6 +7,7 @@ import pytest
 
 import memzoo
 from memzoo.mixers import polarized_mamba
+from tests.initial import begins_as_in_torch
 
 polarized = jax.jit(polarized_mamba.polarized, static_argnums=9)
 IMPLS = ("scan", "associative", "chunk")
@@ -174,12 +175,6 @@ def test_initial_steps_and_decays():
     uniform = (log_dt - np.log(1e-3)) / np.log(100)
     assert np.abs(uniform - (np.arange(2000) + 0.5) / 2000).max() < 0.04
     assert params["B"].shape == params["C"].shape == (2000, 6)
-
-
-def begins_as_in_torch(weight, fan_in):
-    """Uniform in +-fan_in^-1/2, by Kolmogorov and Smirnov's test at 0.1 per cent."""
-    u = np.sort((np.ravel(np.float64(weight)) * fan_in**0.5 + 1) / 2)
-    return u[0] >= 0 and u[-1] <= 1 and np.abs(u - (np.arange(u.size) + 0.5) / u.size).max() < 2 * u.size**-0.5
 
 
 def test_initial_weights_are_those_of_the_released_code():
