@@ -8,7 +8,7 @@ of affine maps, (B, y) after (A, x) being (B A, B x + y). A map that holds a res
 A product of matrices costs X times what a matrix times the state does: `scan` does the least work, and the other forms
 buy depth with it. Products of many transitions appear in those alone, so A should not grow what it acts on.
 
-Dims: B batch, T time, X any one axis of channels, C chunk, N chunks, Y = X + 1.
+Dims: B batch, T time, X any one axis of channels, C chunk, N chunks, Y = X + 1; H heads, K key, V value.
 """
 
 from functools import partial
@@ -143,3 +143,17 @@ def _chunked(A_BTXX, x_BTX, h_BX, cut_BT, C):
 
     _, h_CBNX = lax.scan(within, jnp.moveaxis(before_NBX, 0, 1), tokens)
     return jnp.moveaxis(h_CBNX, 0, 2).reshape(B, N * C, X)[:, :T]
+
+
+def matrix_states(M_BTHKK: jax.Array, X_BTHKV: jax.Array, S_BHKV: jax.Array, reset_BT: jax.Array | None) -> jax.Array:
+    """Every state of S_t = M_t S_{t-1} + X_t, [B, T, H, K, V], by the same monoid: its columns share M_t."""
+    reset_BT = jnp.zeros(X_BTHKV.shape[:2], bool) if reset_BT is None else reset_BT
+    S_BHKV = jnp.where(reset_BT[:, 0, None, None, None], 0, S_BHKV)
+
+    def combine(left, right):
+        (M, X, r), (L, Y, s) = left, right
+        return jnp.where(s, L, L @ M), jnp.where(s, Y, L @ X + Y), r | s
+
+    with jax.default_matmul_precision("highest"):  # as in the definition
+        xs = M_BTHKK, X_BTHKV.at[:, 0].add(M_BTHKK[:, 0] @ S_BHKV), reset_BT[..., None, None, None]
+        return lax.associative_scan(combine, xs, axis=1)[1]

@@ -20,6 +20,7 @@ from jax import lax
 
 from memzoo.contract import positive
 from memzoo.ops import chunks
+from memzoo.ops.affine_scan import matrix_states
 from memzoo.ops.checks import check_impl, check_log_decay, check_shapes, dtypes
 from memzoo.ops.recur import recur
 
@@ -92,17 +93,8 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT):
     erase_BTHKK = k_beta[..., None] * k_BTHK[..., None, :]
     M_BTHKK = (jnp.eye(k_BTHK.shape[-1], dtype=k_BTHK.dtype) - erase_BTHKK) * a_BTHK[..., None, :]
     X_BTHKV = k_beta[..., None] * v_BTHV[..., None, :]
-    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else reset_BT
-    S_BHKV = jnp.where(reset_BT[:, 0, None, None, None], 0, S_BHKV)
-
-    def combine(left, right):
-        (M, X, r), (L, Y, s) = left, right
-        return jnp.where(s, L, L @ M), jnp.where(s, Y, L @ X + Y), r | s
-
-    with jax.default_matmul_precision("highest"):  # as in the definition
-        xs = M_BTHKK, X_BTHKV.at[:, 0].add(M_BTHKK[:, 0] @ S_BHKV), reset_BT[..., None, None, None]
-        S_BTHKV = lax.associative_scan(combine, xs, axis=1)[1]
-        return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
+    S_BTHKV = matrix_states(M_BTHKK, X_BTHKV, S_BHKV, reset_BT)
+    return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV, precision="highest"), S_BTHKV[:, -1]
 
 
 def _products(q_BHCK, k_BHCK, beta_BHC, d):
