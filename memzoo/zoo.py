@@ -101,6 +101,12 @@ _CARDS = (
     Card("causal_rn", "linear attention", "An All-MLP Sequence Modeling Architecture That Excels at Copying",
          "2406.16168", "constant", ("scan", "chunk"),
          "exp of a norm of each pair of tokens, summed over the last `window` of them", "CausalRN"),
+    Card("liger", "linear attention", "Liger: Linearizing Large Language Models to Gated Recurrent Structures",
+         "2503.01496", "constant", ("scan", "chunk"),
+         "a softmax layer's weights as GLA, gates from its keys, and a softmax window; no new parameters", "Liger"),
+    Card("block_linear", "linear attention", "SANA-Video: Efficient Video Generation with Block Linear Diffusion",
+         "2509.24695", "constant", _LINEAR, "ReLU linear attention with rotary places; tokens of a block see each other",
+         "BlockLinear"),
     Card("deltanet", "delta rule", "Parallelizing Linear Transformers with the Delta Rule", "2406.06484", "constant",
          _LINEAR, "writes correct what the memory holds under a key", "DeltaNet"),
     Card("gated_deltanet", "delta rule", "Gated Delta Networks", "2412.06464", "constant", _LINEAR,
@@ -111,6 +117,8 @@ _CARDS = (
          _LINEAR, "the delta rule, and a gate per key channel that forgets", "KDA"),
     Card("rat", "hybrid", "RAT: Bridging RNN Efficiency and Attention Accuracy", "2507.04416", "constant",
          ("scan", "chunk"), "a gated recurrence inside chunks, softmax attention across their ends", "RAT"),
+    Card("gam", "associative", "Gated Associative Memory: A Parallel O(N) Architecture", "2509.00605", "constant",
+         ("scan", "conv"), "a short convolution, its only state, and a bank of learned slots, behind gates", "GAM"),
 )
 # fmt: on
 

@@ -47,12 +47,15 @@ FIELDS = {
     "hgrn2": {"heads": 3, "key_dim": 5, "value_dim": 7, "lower_bound": 0.3},
     "rwkv7": {"heads": 3, "key_dim": 5, "value_dim": 7, "decay_rank": 4, "rate_rank": 6, "gate_rank": 8},
     "mom": {"heads": 3, "key_dim": 6, "value_dim": 8, "memories": 4, "top_k": 2},
+    "liger": {"heads": 6, "key_heads": 3, "head_dim": 4, "window": 17},
     "causal_rn": {"hidden": 7, "window": 17},
+    "block_linear": {"heads": 3, "key_dim": 6, "value_dim": 7},
     "deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "gated_deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "delta_product": {"heads": 3, "key_dim": 5, "value_dim": 7, "householders": 4},
     "kda": {"heads": 3, "key_dim": 5, "value_dim": 7, "gate_rank": 6},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
+    "gam": {"slots": 7},
 }
 NAMES = memzoo.names()
 FORMS = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms]

@@ -77,7 +77,8 @@ class GAM(nn.Module):
         bank_MD = param("bank", nn.initializers.xavier_uniform(), M, D)
         gates: dict[str, Any] = {"kernel_init": like_torch, "bias_init": within(D**-0.5)}
         gate_BTE = nn.Dense(2 * D, dtype=wide, param_dtype=self.param_dtype, name="gate", **gates)(x_BTD)
-        y_BTD, past_BPD = gam(x_BTD.astype(self.dtype), f_WD, b_D, bank_MD, gate_BTE, *state, reset_BT, self.impl)
+        xs = x_BTD.astype(self.dtype), f_WD, b_D, bank_MD, gate_BTE
+        y_BTD, past_BPD = gam(*xs, state.past_BPD, reset_BT, self.impl)
         return y_BTD, State(past_BPD)
 
 
