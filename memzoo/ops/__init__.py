@@ -15,3 +15,4 @@ from memzoo.ops.selective_scan import selective_scan
 from memzoo.ops.short_conv import short_conv
 from memzoo.ops.time_invariant import time_invariant
 from memzoo.ops.unit import unit
+from memzoo.ops.window_attention import window_attention

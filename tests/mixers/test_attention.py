@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from memzoo.mixers import attention
-from memzoo.mixers.attention import Attention, rotate, turns
+from memzoo.mixers.attention import Attention
+from memzoo.ops.window_attention import rotate, turns
 
 B, D, H, G, K = 3, 10, 4, 2, 6
 
