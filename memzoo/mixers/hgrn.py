@@ -8,8 +8,7 @@ arXiv:2311.04823, sec. 3.2 (HGRU: the gates, theta independent of the input, the
 activations and the order of LayerNorm and output gate from the released code (hgru-pytorch).
 Differs: in the paper the bound rises from layer to layer, and all are learned at once, a cumulative sum of a softmax
 over layers for each channel. A mixer knows no other layer, so `lower_bound` is one fixed number, 0 by default. A stack
-in which it rises is built layer by layer, with l / layers for l = 0, 1, ..., where the paper's bounds start;
-LanguageModel gives all its layers of one kind the same.
+in which it rises gives layer l = 0, 1, ... its l / layers, where the paper's bounds start: memzoo.models.hybrid does.
 
 Dims: B batch, T time, D width, N state size, E = 2 N, real parts before imaginary ones.
 """

@@ -22,6 +22,8 @@ from jax.typing import DTypeLike
 
 from memzoo import contract, zoo
 
+Place = str | tuple[str, Mapping[str, Any]]
+
 
 class SwiGLU(nn.Module):
     """x_BTD -> out(silu(gate(x)) * up(x)). `shrink` scales the initial values of `out`."""
@@ -95,7 +97,8 @@ class LanguageModel(nn.Module):
     vocab: int
     width: int
     layers: int
-    mixers: tuple[str, ...] = ("gated_deltanet",)  # a pattern, repeated over the layers; the last may be cut short
+    # names, or (name, fields) where a place of the pattern has fields of its own, as ("hgrn2", {"lower_bound": 0.5})
+    mixers: tuple[Place, ...] = ("gated_deltanet",)  # a pattern, repeated over the layers; the last may be cut short
     fields: Mapping[str, Mapping[str, Any]] = FrozenDict()  # of each mixer, as {"attention": {"window": 128}}
     hidden: int | None = None  # of the MLP; 8/3 width, up to a multiple of 8
     tied: bool = False  # the head is the embedding
@@ -105,7 +108,7 @@ class LanguageModel(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        pattern = (self.mixers,) if isinstance(self.mixers, str) else tuple(self.mixers)
+        pattern = (self.mixers,) if isinstance(self.mixers, str) else tuple(map(as_place, self.mixers))
         object.__setattr__(self, "mixers", pattern)
         object.__setattr__(self, "fields", FrozenDict(self.fields))  # hashable, so a model is a static argument of jit
         contract.positive(vocab=self.vocab, width=self.width, layers=self.layers)
@@ -113,28 +116,31 @@ class LanguageModel(nn.Module):
             contract.positive(hidden=self.hidden)
         if not pattern:
             raise ValueError("mixers: expected at least one name, got none")
-        for kind in dict.fromkeys(pattern):
-            self.make_mixer(kind)
+        for place in dict.fromkeys(pattern):
+            self.make_mixer(place)
+        kinds = dict.fromkeys(place if isinstance(place, str) else place[0] for place in pattern)
         for kind in self.fields:
-            if kind not in pattern:
-                raise ValueError(f"fields: {kind!r} is not in mixers; {contract.nearest(kind, pattern)}")
+            if kind not in kinds:
+                raise ValueError(f"fields: {kind!r} is not in mixers; {contract.nearest(kind, kinds)}")
         if self.scan_layers:
             contract.divisible("layers", self.layers, "len(mixers)", len(pattern))
         super().__post_init__()
 
-    def kinds(self) -> tuple[str, ...]:
-        """The name of each layer's mixer."""
+    def places(self) -> tuple[Place, ...]:
+        """The mixer of each layer."""
         return tuple(self.mixers[i % len(self.mixers)] for i in range(self.layers))
 
-    def mixer_fields(self, kind: str) -> FrozenDict:
-        given = self.fields.get(kind, {})
-        return FrozenDict({"width": self.width, "dtype": self.dtype, "param_dtype": self.param_dtype, **given})
+    def name_and_fields(self, place: Place) -> tuple[str, FrozenDict]:
+        kind, own = (place, {}) if isinstance(place, str) else place
+        shared = {"width": self.width, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        return kind, FrozenDict({**shared, **self.fields.get(kind, {}), **own})
 
-    def make_mixer(self, kind: str) -> Any:
-        return zoo.make(kind, parent=None, **self.mixer_fields(kind))
+    def make_mixer(self, place: Place) -> Any:
+        kind, fields = self.name_and_fields(place)
+        return zoo.make(kind, parent=None, **fields)
 
     def initial_state(self, batch: int) -> tuple[Any, ...]:
-        return tuple(self.make_mixer(kind).initial_state(batch) for kind in self.kinds())
+        return tuple(self.make_mixer(place).initial_state(batch) for place in self.places())
 
     def setup(self):
         # About as large as what a layer adds to it: at 0.02 the layers drown it and training is slower. A tied one is
@@ -148,10 +154,8 @@ class LanguageModel(nn.Module):
         hidden = self.hidden if self.hidden is not None else -(-self.width // 3) * 8
         shared = {"hidden": hidden, "shrink": (2 * self.layers) ** -0.5}
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        blocks = tuple(
-            FrozenDict({"kind": kind, "fields": self.mixer_fields(kind), **shared, **kinds})
-            for kind in (self.mixers if self.scan_layers else self.kinds())
-        )
+        mixers = map(self.name_and_fields, self.mixers if self.scan_layers else self.places())
+        blocks = tuple(FrozenDict({"kind": kind, "fields": fields, **shared, **kinds}) for kind, fields in mixers)
         stack = Stack
         if self.scan_layers:  # every collection is stacked, so that what a mixer sows is too
             stack = nn.scan(
@@ -166,25 +170,14 @@ class LanguageModel(nn.Module):
     def __call__(
         self, tokens_BT: jax.Array, state: tuple[Any, ...] | None = None, reset_BT: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        check_tokens("tokens_BT", tokens_BT, self.vocab)
-        B, T = np.shape(tokens_BT)
-        contract.check_reset(reset_BT, B, T)
-        if state is None:  # not the initial state: a mixer may do less where it knows that there is no past
-            state = (None,) * self.layers
-        else:
-            check_states(state, jax.eval_shape(lambda: self.initial_state(B)))
-
-        index_BT = jnp.asarray(tokens_BT).astype(jnp.int32)
-        index_BT = jnp.where(index_BT < 0, self.vocab, index_BT)  # -1 would be the last row, and must come out as NaN
-        x_BTD = jnp.take(self.embedding_ZD, index_BT, axis=0, mode="fill").astype(self.dtype)
+        state = begin(self, tokens_BT, state, reset_BT)
+        x_BTD = embed(self.embedding_ZD, tokens_BT).astype(self.dtype)
         if self.scan_layers:
             x_BTD, state_R = self.stack(x_BTD, stacked(state, len(self.mixers)), reset_BT)
             state = unstacked(state_R, self.layers // len(self.mixers))
         else:
             x_BTD, state = self.stack(x_BTD, state, reset_BT)
-        head_DZ = self.embedding_ZD.T if self.tied else self.head_DZ
-        wide = contract.state_dtype(self.dtype)
-        return jnp.matmul(self.norm(x_BTD), head_DZ.astype(self.dtype), preferred_element_type=wide), state
+        return logits(self.norm(x_BTD), self.embedding_ZD.T if self.tied else self.head_DZ), state
 
 
 class Size(NamedTuple):
@@ -201,6 +194,41 @@ def describe(model: LanguageModel, batch: int = 1) -> Size:
     state = jax.tree.leaves(jax.eval_shape(lambda: model.initial_state(batch)))
     in_bytes = [sum(a.size * a.dtype.itemsize for a in arrays) for arrays in (params, state)]
     return Size(sum(p.size for p in params), *in_bytes)
+
+
+def as_place(place: Any) -> Place:
+    if isinstance(place, tuple | list) and len(place) == 2 and isinstance(place[1], Mapping):
+        return place[0], FrozenDict(place[1])
+    if not isinstance(place, str):
+        raise ValueError(f"mixers: expected names, or (name, fields), got {place!r}")
+    return place
+
+
+def begin(model: Any, tokens_BT: Any, state: Any, reset_BT: Any) -> tuple[Any, ...]:
+    """Checks the arguments of a model's call and returns the states of its layers, each None where `state` is.
+
+    Not the initial state: a mixer may do less where it knows that there is no past.
+    """
+    check_tokens("tokens_BT", tokens_BT, model.vocab)
+    B, T = np.shape(tokens_BT)
+    contract.check_reset(reset_BT, B, T)
+    if state is None:
+        return (None,) * model.layers
+    check_states(state, jax.eval_shape(lambda: model.initial_state(B)))
+    return state
+
+
+def embed(embedding_ZD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The rows of the tokens, x_BTD; NaN for a token outside the vocabulary."""
+    index_BT = jnp.asarray(tokens_BT).astype(jnp.int32)
+    index_BT = jnp.where(index_BT < 0, len(embedding_ZD), index_BT)  # -1 would be the last row
+    return jnp.take(embedding_ZD, index_BT, axis=0, mode="fill")
+
+
+def logits(x_BTD: jax.Array, head_DZ: jax.Array) -> jax.Array:
+    """logits_BTZ in float32, or float64 where x is."""
+    wide = contract.state_dtype(x_BTD.dtype)
+    return jnp.matmul(x_BTD, head_DZ.astype(x_BTD.dtype), preferred_element_type=wide)
 
 
 def check_tokens(name: str, tokens_BT: Any, vocab: int) -> None:

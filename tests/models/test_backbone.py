@@ -171,6 +171,16 @@ def test_a_pattern_repeats_and_may_end_early(tokens_BT):
     assert jax.tree.map(jnp.shape, end) == jax.tree.map(jnp.shape, state)
 
 
+def test_a_place_of_the_pattern_may_have_fields_of_its_own(tokens_BT):
+    """Over those of all its kind: the same function as where they are given to all."""
+    own = tuple(("gated_deltanet", {"heads": heads}) for heads in (2, 1))
+    model = small(layers=3, mixers=own)
+    assert [state.S_BHKV.shape for state in model.initial_state(1)] == [(1, 2, 3, 4), (1, 1, 3, 4), (1, 2, 3, 4)]
+    same, plain = small(mixers=own[:1]), small()
+    params = jax.jit(plain.init)(jax.random.key(0), tokens_BT)
+    np.testing.assert_array_equal(jax.jit(same.apply)(params, tokens_BT)[0], jax.jit(plain.apply)(params, tokens_BT)[0])
+
+
 def test_describe_counts_what_is_there(model, params):
     size = describe(model, batch=B)
     assert size.parameters == sum(p.size for p in jax.tree.leaves(params))
@@ -216,6 +226,8 @@ def test_under_jit_a_token_outside_the_vocabulary_gives_nan(params, tokens_BT, a
     [
         ({"mixers": ("gated_deltanett",)}, "unknown architecture 'gated_deltanett'; did you mean gated_deltanet"),
         ({"mixers": ()}, "mixers: expected at least one name"),
+        ({"mixers": (7,)}, r"mixers: expected names, or \(name, fields\), got 7"),
+        ({"mixers": (("gated_deltanet", {"head": 2}),)}, "head: gated_deltanet has no such field; did you mean heads"),
         ({"layers": 0}, "layers: expected an integer >= 1, got 0"),
         ({"hidden": 0}, "hidden: expected an integer >= 1, got 0"),
         (
