@@ -5,7 +5,8 @@ python experiments/op_speed.py --ops delta_rule --lengths 1024 4096 --sizes 128 
 
 Every row times all forms of one op in turn, A B C A B C ..., and prints medians, and how many times faster than `scan`.
 A form whose compiled program wants more than --memory-limit is left out, with what it would want. `bytes` is that
-program's temporary memory; `growth` is time per token at this length over that at the length before.
+program's temporary memory; `growth` is time per token at this length over that at the length before. `multiply`, beside
+linear_scan, is a_t x_t alone: what memory takes, and how that grows.
 Architectures are at their defaults, beside linear_attention with a state of the same size; their growth is time per
 token at 16,384 over that at 1,024. `--architectures` without names leaves them out.
 
@@ -70,6 +71,8 @@ def arguments(op: str, decay: str, B: int, T: int, H: int, K: int) -> tuple[Any,
 
 
 def forward(op: str, impl: str) -> Callable[..., Any]:
+    if impl == "multiply":
+        return jnp.multiply
     return lambda *args: getattr(ops, op)(*args, impl=impl)[0]
 
 
@@ -108,7 +111,7 @@ def time_all(compiled: dict[str, Callable[..., Any]], args: tuple[Any, ...], rep
 
 
 def measure(config: Config, op: str, decay: str, H: int, K: int) -> list[dict[str, Any]]:
-    forms = sys.modules[f"memzoo.ops.{op}"].FORMS
+    forms = (*sys.modules[f"memzoo.ops.{op}"].FORMS, *(["multiply"] if op == "linear_scan" else []))
     rows: list[dict[str, Any]] = []
     before: dict[tuple[str, str], float] = {}
     for T in config.lengths:
@@ -234,10 +237,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(-(-len(panels) // 4), min(4, len(panels)), index + 1)
         lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
         for r in rows:
-            if "us_per_token" in r and (r["op"], r["decay"], r["H"], r["K"]) == panel:
+            if "us_per_token" in r and "op" in r and (r["op"], r["decay"], r["H"], r["K"]) == panel:
                 lines.setdefault((r["impl"], r["what"]), []).append((r["T"], r["us_per_token"]))
         for (impl, what), points in lines.items():
-            color = f"C{['scan', 'associative', 'chunk'].index(impl)}"
+            color = f"C{['scan', 'associative', 'chunk', 'sweep', 'multiply'].index(impl)}"
             style = "--" if what == "forward" else "-"
             axes.loglog(*zip(*points, strict=True), style, color=color, marker=".", label=f"{impl}, {what}")
         axes.set(title="{}, decay {}, H={}, K=V={}".format(*panel), xlabel="T", ylabel="us per token")

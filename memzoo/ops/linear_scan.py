@@ -18,7 +18,7 @@ from memzoo.contract import positive
 from memzoo.ops.checks import check_impl, check_shapes
 from memzoo.ops.recur import recur
 
-FORMS = ("scan", "associative", "chunk")
+FORMS = ("scan", "sweep", "associative", "chunk")
 
 
 def step(h_X, a_X, x_X):
@@ -40,7 +40,8 @@ def linear_scan(
 
     a_BTX, x_BTX: real or complex. h_BX: the incoming state, zeros by default. The forms agree for |a| <= 1: above
     it, products of a, which `scan` alone does not form, may overflow where no state does, and inf times 0 is NaN.
-    reset_BT: bool, where True the token begins a new sequence. impl: 'scan', 'associative', 'chunk' or 'auto'.
+    reset_BT: bool, where True the token begins a new sequence. impl: 'scan', 'sweep' (the same loop, four tokens a
+    turn, and its adjoint as another such loop), 'associative', 'chunk' or 'auto'.
     All forms are differentiable in a, x and h, any number of times; forward mode is `scan`'s alone.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """
@@ -56,9 +57,8 @@ def _forms(a_BTX, x_BTX, h_BX, reset_BT, impl, chunk):
     B, T, X = x_BTX.shape
     a_BTX, x_BTX = a_BTX.astype(dtype), x_BTX.astype(dtype)
     h_BX = jnp.zeros((B, X), dtype) if h_BX is None else h_BX.astype(dtype)
-    if impl == "auto":  # on a CPU memory is the limit, and a real scan reads it once; complex numbers gain from chunks
-        bound = jax.default_backend() == "cpu" and not jnp.issubdtype(dtype, jnp.complexfloating)
-        impl = "scan" if T == 1 or bound else "chunk"
+    if impl == "auto":  # on a CPU memory is the limit, and a loop over tokens reads it once
+        impl = "scan" if T == 1 else "sweep" if jax.default_backend() == "cpu" else "chunk"
     if impl == "scan":
         return recur(step, h_BX, (a_BTX, x_BTX), reset_BT)
     if reset_BT is not None:
@@ -71,7 +71,9 @@ def _forms(a_BTX, x_BTX, h_BX, reset_BT, impl, chunk):
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _all_states(a_BTX, x_BTX, h_BX, impl, chunk):
     x_BTX = x_BTX.at[:, 0].add(_carry(a_BTX[:, 0], h_BX))
-    return _associative(a_BTX, x_BTX) if impl == "associative" else _chunked(a_BTX, x_BTX, chunk)
+    if impl == "chunk":
+        return _chunked(a_BTX, x_BTX, chunk)
+    return (_associative if impl == "associative" else _sweep)(a_BTX, x_BTX)
 
 
 def _all_states_fwd(a_BTX, x_BTX, h_BX, impl, chunk):
@@ -95,6 +97,16 @@ _all_states.defvjp(_all_states_fwd, _all_states_bwd)
 def _carry(a, h):
     """a h, and 0 where a = 0 whatever h holds: a reset is a = 0, and inf must not leak past it."""
     return jnp.where(a == 0, 0, a * h)
+
+
+def _sweep(a_BTX, x_BTX):
+    def token(h_BX, ax):
+        h_BX = _carry(ax[0], h_BX) + ax[1]
+        return h_BX, h_BX
+
+    time_first = partial(jnp.moveaxis, source=1, destination=0)
+    _, h_TBX = lax.scan(token, jnp.zeros_like(x_BTX[:, 0]), (time_first(a_BTX), time_first(x_BTX)), unroll=4)
+    return jnp.moveaxis(h_TBX, 0, 1)
 
 
 def _associative(a_BTX, x_BTX):

@@ -12,9 +12,9 @@ def test_op_speed(tmp_path):
     config = op_speed.Config(out, ("linear_scan", "delta_rule"), ("key",), 2, (1,), (4,), (8, 16), False, 1, 6.0, ())
     rows = op_speed.main(config)
     assert rows == [json.loads(line) for line in (out / "op_speed.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 2 * 2 * 3 and (out / "op_speed.png").stat().st_size > 1000
+    assert len(rows) == 2 * 2 * (5 + 3) and (out / "op_speed.png").stat().st_size > 1000
     for row in rows:
-        assert row["us_per_token"] > 0 and row["bytes"] > 0
+        assert row["us_per_token"] > 0 and (row["bytes"] > 0 or row["impl"] == "multiply")
         assert (row["growth"] is None) == (row["T"] == 8)
         assert row["times_scan"] == 1 if row["impl"] == "scan" else row["times_scan"] > 0
     with pytest.raises(ValueError, match="out: expected a new or empty directory"):
@@ -30,9 +30,11 @@ def test_op_speed_leaves_out_what_does_not_fit(tmp_path):
 
 def test_op_speed_of_architectures(tmp_path):
     names = ("gru", "lru")
-    config = op_speed.Config(tmp_path, (), layers=False, repeats=1, architectures=names, width=6, growth=(4, 9))
+    ops = {"ops": ("linear_scan",), "heads": (1,), "sizes": (4,), "lengths": (8,)}
+    config = op_speed.Config(tmp_path, **ops, layers=False, repeats=1, architectures=names, width=6, growth=(4, 9))
     rows = op_speed.main(config)
     assert rows == [json.loads(line) for line in (tmp_path / "op_speed.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "architecture" in row]
     assert [(row["architecture"], row["T"], row["state_floats"]) for row in rows] == [
         (name, T, floats) for name, floats in (("gru", 6), ("lru", 12)) for T in (4, 9)
     ]

@@ -11,7 +11,7 @@ from memzoo import ops
 
 B, T, X = 3, 45, 4
 CHUNK = 8
-FORMS = {"scan": {}, "associative": {}, "chunk": {"chunk": CHUNK}}
+FORMS = {"scan": {}, "sweep": {}, "associative": {}, "chunk": {"chunk": CHUNK}}
 
 
 def make(kind):
@@ -81,7 +81,7 @@ def test_gradient_is_the_difference_quotient(impl, kind):
 
 
 @pytest.mark.parametrize("kind", ("zeros", "complex"))
-@pytest.mark.parametrize("impl", ("associative", "chunk"))
+@pytest.mark.parametrize("impl", ("sweep", "associative", "chunk"))
 def test_second_derivatives_are_those_of_the_scan(impl, kind):
     *arrays, reset = make(kind)
     w = [jnp.asarray(np.cos(np.arange(B * T * X)).reshape(B, T, X), jnp.float32), jnp.ones((B, X))]
