@@ -39,7 +39,7 @@ FIELDS = {
     "linear_attention": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "retnet": {"heads": 3, "key_dim": 6, "value_dim": 7},
     "mlstm": {"heads": 3, "key_dim": 6, "value_dim": 7, "input_bias": 0.5, "forget_bias": (0, 2)},
-    "lightning": {"heads": 3, "key_dim": 5, "value_dim": 7, "depth": 0.5},
+    "lightning": {"heads": 3, "key_dim": 5, "value_dim": 7, "depth": 0.5, "lrpe": True},
     "based": {"heads": 3, "feature_dim": 4, "value_dim": 7},
     "aaren": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "gla": {"heads": 3, "key_dim": 5, "value_dim": 7},

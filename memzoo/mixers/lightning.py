@@ -2,24 +2,27 @@
 
     S_t = lambda S_{t-1} + k_t v_t'        y_t = W_o (SRMSNorm(S_t' q_t) u_t)        SRMSNorm(x) = sqrt(d) x / |x|
     q, k = silu(W x), silu(W x)            v, u = W x, W x                each its own W; the norm is over all heads
+    with LRPE, in the model's first layer: S_t = lambda diag(exp(i theta)) S_{t-1} + k_t v_t'        Re(S_t' q_t)
 
 Source: Qin, Sun, Li, Shen, Sun, Zhong, "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning
 Attention" (2024), arXiv:2405.17381, eq. 4, 9-11 and 14, after "Lightning Attention-2: A Free Lunch for Handling
 Unlimited Sequence Lengths in Large Language Models" (2024), arXiv:2401.04658, and "TransNormerLLM: A Faster and Better
 Large Language Model with Improved TransNormer" (2023), arXiv:2307.14995. Its tiling is the chunk form.
 Differs: lambda = exp(-slope (1 - depth)) has the slopes of the released models, ALiBi's 2^(-8 h / H) for h = 1 ... H;
-eq. 10 has 8 h / H, which leaves 3e-4 of a token to the next one where h = H: `slopes="paper"`. LRPE, learned rotations
-of q and k, which the paper keeps in its first layer alone, is left out.
+eq. 10 has 8 h / H, which leaves 3e-4 of a token to the next one where h = H: `slopes="paper"`. LRPE turns the memory,
+where the released code turns q and k, each by its place in the text: the same function, eq. 9, without places.
 
-Dims: B batch, T time, D width, H heads, K key, V value.
+Dims: B batch, T time, D width, H heads, K key, V value, P = 2 K, real parts and imaginary ones.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from memzoo import contract, ops
 
@@ -27,17 +30,20 @@ SLOPES = ("released", "paper")
 
 
 class State(NamedTuple):
-    S_BHKV: jax.Array
+    S_BHKV: jax.Array  # complex with LRPE
 
 
-def step(S_KV, q_K, k_K, v_V, log_lambda):
-    """One token, one head. This is the definition; every faster form is tested against it."""
-    S_KV = jnp.exp(log_lambda) * S_KV + jnp.outer(k_K, v_V)
-    return S_KV, q_K @ S_KV
+def step(S_KV, q_K, k_K, v_V, log_lambda_K):
+    """One token, one head. This is the definition; every faster form is tested against it.
+
+    log_lambda_K: log lambda, the same for all keys, and with LRPE log lambda + i theta.
+    """
+    S_KV = jnp.exp(log_lambda_K)[:, None] * S_KV + jnp.outer(k_K, v_V)
+    return S_KV, (q_K @ S_KV).real
 
 
 class Lightning(nn.Module):
-    """x_BTD -> (y_BTD, State). The state is float32, or float64 when `dtype` is.
+    """x_BTD -> (y_BTD, State). The state is float32, complex64 with LRPE, or twice as wide when `dtype` is float64.
 
     Raises ValueError, by name, for a width that heads do not divide, a depth outside of [0, 1], unknown slopes, and for
     inputs, state or resets that do not fit.
@@ -49,6 +55,7 @@ class Lightning(nn.Module):
     value_dim: int | None = None  # per head; width / heads
     depth: float = 0.0  # l / (layers - 1): 0 for the first layer, 1 for the last, which hardly forgets
     slopes: str = "released"  # or "paper"
+    lrpe: bool = False  # learned rotations; TransNormerLLM's first layer has them
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -66,7 +73,8 @@ class Lightning(nn.Module):
         return self.heads, K, V
 
     def initial_state(self, batch: int) -> State:
-        return State(jnp.zeros((batch, *self.sizes()), contract.state_dtype(self.dtype)))
+        wide = contract.state_dtype(self.dtype)
+        return State(jnp.zeros((batch, *self.sizes()), jnp.result_type(wide, jnp.complex64) if self.lrpe else wide))
 
     @nn.compact
     def __call__(
@@ -79,22 +87,60 @@ class Lightning(nn.Module):
         q_BTHK = nn.silu(nn.DenseGeneral((H, K), name="q", **kinds)(x_BTD))
         k_BTHK = nn.silu(nn.DenseGeneral((H, K), name="k", **kinds)(x_BTD))
         v_BTHV = nn.DenseGeneral((H, V), name="v", **kinds)(x_BTD)
-        log_lambda_H = jnp.asarray(log_decays(H, self.depth, self.slopes), contract.state_dtype(self.dtype))
+        wide = contract.state_dtype(self.dtype)
+        log_lambda_H = jnp.asarray(log_decays(H, self.depth, self.slopes), wide)
+        theta_HK = self.param("theta", frequencies, (H, K), self.param_dtype).astype(wide) if self.lrpe else None
 
-        y_BTHV, S_BHKV = lightning_attention(q_BTHK, k_BTHK, v_BTHV, log_lambda_H, state.S_BHKV, reset_BT, self.impl)
+        xs = q_BTHK, k_BTHK, v_BTHV, log_lambda_H
+        y_BTHV, S_BHKV = lightning_attention(*xs, state.S_BHKV, reset_BT, self.impl, theta_HK)
 
         u_BTHV = nn.DenseGeneral((H, V), name="gate", **kinds)(x_BTD)
         y_BTHV = nn.RMSNorm(use_scale=False, reduction_axes=(-2, -1), dtype=self.dtype, name="norm")(y_BTHV) * u_BTHV
         return nn.DenseGeneral(D, axis=(-2, -1), name="out", **kinds)(y_BTHV), State(S_BHKV)
 
 
-def lightning_attention(q_BTHK, k_BTHK, v_BTHV, log_lambda_H, S_BHKV, reset_BT, impl="auto"):
+def lightning_attention(q_BTHK, k_BTHK, v_BTHV, log_lambda_H, S_BHKV, reset_BT, impl="auto", theta_HK=None):
     """All T tokens. Returns (y_BTHV, S_BHKV)."""
-    xs = q_BTHK, k_BTHK, v_BTHV, jnp.broadcast_to(log_lambda_H, q_BTHK.shape[:3])
+    T = q_BTHK.shape[1]
     if impl == "scan":
+        log_lambda_HK = jnp.broadcast_to(log_lambda_H[:, None], q_BTHK.shape[2:])
+        if theta_HK is not None:
+            log_lambda_HK = log_lambda_HK + 1j * angles(theta_HK, 1)
+        xs = q_BTHK, k_BTHK, v_BTHV, jnp.broadcast_to(log_lambda_HK, q_BTHK.shape)
         y_BTHV, S_BHKV = ops.recur(jax.vmap(step), S_BHKV, ops.widen(xs), reset_BT)
         return y_BTHV.astype(v_BTHV.dtype), S_BHKV
-    return ops.linear_attention(*xs, S_BHKV, reset_BT, impl=impl)
+    log_lambda_BTH = jnp.broadcast_to(log_lambda_H, q_BTHK.shape[:3])
+    if theta_HK is None:
+        return ops.linear_attention(q_BTHK, k_BTHK, v_BTHV, log_lambda_BTH, S_BHKV, reset_BT, impl=impl)
+
+    # Re exp(i theta (t - s)) is a product of what t has and what s has. Both count from the call's first token, and S
+    # is kept as it was there: what a memory of such keys is short of, in the end, are the T turns since.
+    angle_THK = angles(theta_HK, jnp.arange(1, T + 1)[:, None, None])
+    cos_THK, sin_THK = jnp.cos(angle_THK), jnp.sin(angle_THK)
+    both = lambda x_BTHK: jnp.concatenate([x_BTHK * cos_THK, x_BTHK * sin_THK], axis=-1).astype(x_BTHK.dtype)
+    S_BHPV = jnp.concatenate([S_BHKV.real, -S_BHKV.imag], axis=2)
+    xs = both(q_BTHK), both(k_BTHK), v_BTHV, log_lambda_BTH
+    y_BTHV, S_BHPV = ops.linear_attention(*xs, S_BHPV, reset_BT, impl=impl)
+    real_BHKV, imag_BHKV = jnp.split(S_BHPV, 2, axis=2)
+    return y_BTHV, (real_BHKV - 1j * imag_BHKV) * (cos_THK[-1] + 1j * sin_THK[-1])[..., None]
+
+
+def angles(theta_HK, n):
+    """n theta less whole turns, n an integer. Most of it is counted, 2^32 to the turn, so that no n is too large."""
+    turn_HK = lax.stop_gradient(theta_HK) / (2 * np.pi)
+    part_HK = (turn_HK - jnp.round(turn_HK)) * 2**16
+    high_HK = jnp.round(part_HK)
+    low_HK = (part_HK - high_HK) * 2**16
+    count_HK = high_HK.astype(jnp.int32) * 2**16 + jnp.round(low_HK).astype(jnp.int32)  # may wrap: the same angle
+    counted = (n * count_HK).astype(theta_HK.dtype) * (2 * np.pi / 2**32)
+    rest_HK = (low_HK - jnp.round(low_HK)) * (2 * np.pi / 2**32)
+    return counted + n * (rest_HK + theta_HK - lax.stop_gradient(theta_HK))  # the gradient is n
+
+
+def frequencies(key, shape, dtype=float):
+    """From 1 to almost 10000^-2, over the channels of all heads."""
+    n = math.prod(shape)
+    return jnp.reshape(10_000.0 ** (-2 * jnp.arange(n, dtype=dtype) / n), shape)
 
 
 def log_decays(H, depth, slopes):

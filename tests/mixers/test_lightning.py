@@ -34,6 +34,43 @@ def test_is_the_left_product(impl):
     np.testing.assert_allclose(S_BHKV[0], last, atol=5e-5)
 
 
+@pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+def test_lrpe_is_a_phase_of_how_far_apart_tokens_are(impl):
+    """Eq. 9: a_ts = Re sum over channels of q_t k_s lambda^(t - s) exp(i theta (t - s)), and of the state before."""
+    q, k, v, S = inputs()
+    S = S + 1j * S[..., ::-1]
+    log_lambda, theta = np.array([-0.01, -0.3, 0.0]), np.random.default_rng(1).uniform(-7, 7, (H, K))
+    xs = q, k, v, np.float32(log_lambda), np.complex64(S), None, impl, np.float32(theta)
+    y_BTHV, S_BHKV = lightning_attention(*xs)
+    turn = np.exp(log_lambda[:, None] + 1j * np.float32(theta).astype(float))  # of a step, [H, K]
+    want, last = np.zeros((T, H, V)), S[0]
+    for t in range(T):
+        past = [np.einsum("hk,hk,hv->hkv", turn ** (t - s), k[0, s], v[0, s]) for s in range(t + 1)]
+        last = sum(past) + (turn ** (t + 1))[..., None] * S[0]
+        want[t] = np.einsum("hk,hkv->hv", q[0, t], last).real
+    np.testing.assert_allclose(y_BTHV[0], want, atol=2e-4)
+    np.testing.assert_allclose(S_BHKV[0], last, atol=2e-4)
+
+
+def test_turns_are_exact_however_many():
+    """m turns and n turns are m + n turns; n theta in float32 would be off by n theta / 2^24, half a turn here."""
+    theta = np.float32(np.random.default_rng(0).uniform(-7, 7, 50))
+    angles = jax.jit(lightning.angles)
+    phase = lambda n: np.exp(1j * np.float64(angles(theta, jnp.int32(n))))
+    assert np.abs(phase(1) - np.exp(1j * np.float64(theta))).max() < 1e-6
+    for m, n in ((1, 2), (1000, 1), (10**8, 1), (10**8 - 1, 999)):
+        assert np.abs(phase(m) * phase(n) - phase(m + n)).max() < 2e-6
+
+
+def test_the_frequencies_that_lrpe_begins_with():
+    """The released code's 10000^(-2 j / d), over the channels of all heads; and they are learned."""
+    mixer = memzoo.make("lightning", width=12, heads=3, lrpe=True)
+    params = jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 1, 12)))["params"]
+    want = [10_000 ** (-2 * j / 12) for j in range(12)]
+    np.testing.assert_allclose(np.ravel(params["theta"]), want, rtol=1e-5)
+    assert params["theta"].shape == (3, 4)
+
+
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
 def test_with_retnets_decays_is_retention(impl):
     q, k, v, S = inputs()
