@@ -44,7 +44,7 @@ class GRU(nn.Module):
     width: int
     hidden: int | None = None  # width
     impl: str = "auto"  # 'scan', 'newton'
-    jacobian: str = "full"  # or 'diagonal': how 'newton' iterates, not what it finds
+    jacobian: str = "auto"  # see ops.newton_scan: how 'newton' iterates, not what it finds
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

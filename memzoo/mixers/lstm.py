@@ -45,7 +45,7 @@ class LSTM(nn.Module):
     width: int
     hidden: int | None = None  # width
     impl: str = "auto"  # 'scan', 'newton'
-    jacobian: str = "full"  # or 'diagonal': how 'newton' iterates, not what it finds
+    jacobian: str = "auto"  # see ops.newton_scan: how 'newton' iterates, not what it finds
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -79,7 +79,7 @@ class LSTM(nn.Module):
         return nn.Dense(D, use_bias=False, name="out", **kinds)(h_BTF), state
 
 
-def lstm(a_BTE, U_FE, state, reset_BT=None, impl="auto", jacobian="full"):
+def lstm(a_BTE, U_FE, state, reset_BT=None, impl="auto", jacobian="auto"):
     """All T tokens. Returns (h_BTF, State)."""
 
     def token(s_X, a_E):

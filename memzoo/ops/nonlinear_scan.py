@@ -13,13 +13,14 @@ arXiv:2309.12252, sec. 3 (DEER); with J's diagonal, Gonzalez, Warrington, Smith,
 Stable Parallelization of Nonlinear RNNs" (2024), arXiv:2407.19115, sec. 4 (quasi-DEER).
 Differs: stops when each token follows from the one before to rounding, not when guesses come within a tolerance; what
 overflows in a guess or in a product of Jacobians becomes 0, which leaves the plain iteration h_t <- f_t there; the
-gradient is the fixed point's for the diagonal too, by the same iteration on the adjoint.
+diagonal is damped by holding it within [-1, 1]; the gradient is the fixed point's whatever the kind of J, by the same
+iteration on the adjoint.
 
-Dims: B batch, T time, X any one axis of channels; row and column of a Jacobian [X, X] are both channels.
+Dims: B batch, T time, X any one axis of channels, M blocks of E channels that do not meet in `step`, X = M E; row and
+column of a Jacobian [X, X] are both channels.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,14 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memzoo.contract import check_reset, nearest
-from memzoo.ops.affine_scan import affine_scan
+from memzoo.contract import check_reset, divisible, nearest
+from memzoo.ops import newton
 from memzoo.ops.checks import check_impl, check_shapes
-from memzoo.ops.linear_scan import linear_scan
-from memzoo.ops.recur import recur
 
 FORMS = ("scan", "newton")
-JACOBIANS = ("full", "diagonal")
+JACOBIANS = ("auto", "full", "block", "diagonal")
+SMALL = 64  # channels of a block up to which "auto" takes T matrices of them
 
 
 def nonlinear_scan(
@@ -44,30 +44,33 @@ def nonlinear_scan(
     reset_BT: jax.Array | None = None,
     *,
     impl: str = "auto",
-    jacobian: str = "full",
+    jacobian: str = "auto",
+    blocks: int = 1,
     max_iterations: int | None = None,
+    guess_BTX: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """All T tokens. Returns (h_BTX, h_BX), every state and the last one, in float32 or wider.
 
     step: (h_X, x) -> h_X for one row and one token; may close over arrays, which get their gradients in every form.
     h_BX: the incoming state. xs: any pytree of arrays [B, T, ...]; `step` sees one without B and T.
     reset_BT: bool, where True the state before the token is 0.
-    impl: 'scan', 'newton' or 'auto', which is 'scan': on a CPU newton is 20 to 130 times slower.
-    jacobian, max_iterations: of 'newton' alone, see newton_scan.
+    impl: 'scan', 'newton' or 'auto', which is 'scan' on a CPU, where newton is 20 to 130 times slower, and elsewhere
+    'newton' if T is long and blocks are small, with `scan` for the call that does not settle in 32 iterations.
+    jacobian, blocks, max_iterations, guess_BTX: of 'newton' alone, see newton_scan.
     `scan` is differentiable any number of times and in both modes; `newton` once, in reverse.
     Raises ValueError for arguments that do not fit, NotImplementedError for a form this op does not have.
     """
     check_impl("nonlinear_scan", impl, FORMS)
+    kinds: dict[str, Any] = {"jacobian": jacobian, "blocks": blocks, "guess_BTX": guess_BTX}
     if impl == "newton":
-        return newton_scan(step, h_BX, xs, reset_BT, jacobian=jacobian, max_iterations=max_iterations)[:2]
-    _check_newton(jacobian, max_iterations)
+        return newton_scan(step, h_BX, xs, reset_BT, max_iterations=max_iterations, **kinds)[:2]
     h_BX, jaxpr, closed_over = _check(step, h_BX, xs, reset_BT)
-
-    def once(h_X, x):
-        h_X = _token(jaxpr, closed_over, h_X, x)
-        return h_X, h_X
-
-    return recur(once, h_BX, (xs,), reset_BT)
+    T, X = jax.tree.leaves(xs)[0].shape[1], h_BX.shape[-1]
+    _check_newton(X, max_iterations, **kinds, shape=jax.tree.leaves(xs)[0].shape[:2])
+    if impl == "auto" and jax.default_backend() != "cpu" and T >= 1024 and X // blocks <= SMALL:
+        limit = 32 if max_iterations is None else max_iterations
+        return newton_scan(step, h_BX, xs, reset_BT, max_iterations=limit, fallback=True, **kinds)[:2]
+    return newton.token_by_token(jaxpr, closed_over, h_BX, xs, reset_BT)
 
 
 def newton_scan(
@@ -76,155 +79,53 @@ def newton_scan(
     xs: Any,
     reset_BT: jax.Array | None = None,
     *,
-    jacobian: str = "full",
+    jacobian: str = "auto",
+    blocks: int = 1,
     max_iterations: int | None = None,
+    guess_BTX: jax.Array | None = None,
+    fallback: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """nonlinear_scan(impl='newton'), and how many iterations it took: (h_BTX, h_BX, iterations), an int32.
 
-    jacobian: 'full' takes few iterations, each with T matrices [X, X] in memory; 'diagonal' takes more, each with T
-    vectors [X]. Values and gradients are the same.
-    max_iterations: if it ends the iteration too soon, tokens that are not yet right are NaN, up to the next reset. By
-    default it is T, which never does. Tokens after a state that is not finite are NaN as well.
+    jacobian: what an iteration knows of it, and holds in memory. 'full': all, T matrices [X, X]. 'block': what is in
+    its `blocks` diagonal blocks, T times [M, E, E]; as few iterations if the channels of different blocks, which lie
+    one after the other, do not meet in `step`. 'diagonal': T vectors [X], more iterations. 'auto': 'block' if E <= 64,
+    else 'diagonal'. Values and gradients are the same.
+    max_iterations: if it ends the iteration too soon, tokens that are not yet right are NaN, up to the next reset, or,
+    with `fallback`, the call is done by `scan`. By default it is T, which never does. Tokens after a state that is not
+    finite are NaN as well.
+    guess_BTX: where the iteration starts, zeros by default; the states of a call before, with weights or inputs a
+    little different, save iterations. It has no gradient.
     """
-    _check_newton(jacobian, max_iterations)
     h_BX, jaxpr, closed_over = _check(step, h_BX, xs, reset_BT)
     B, T = jax.tree.leaves(xs)[0].shape[:2]
+    blocks = _check_newton(h_BX.shape[-1], max_iterations, jacobian, blocks, guess_BTX, (B, T))
     reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
-    limit = T if max_iterations is None else max_iterations
-    h_BTX, iterations = _fixed_point(jaxpr, jacobian, limit, h_BX, xs, reset_BT, closed_over)
+    guess_BTX = jnp.zeros((B, T, h_BX.shape[-1]), h_BX.dtype) if guess_BTX is None else guess_BTX.astype(h_BX.dtype)
+    how = blocks, T if max_iterations is None else max_iterations, fallback
+    h_BTX, iterations = newton.fixed_point(jaxpr, how, h_BX, xs, reset_BT, closed_over, lax.stop_gradient(guess_BTX))
     return h_BTX, h_BTX[:, -1], iterations
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fixed_point(jaxpr, jacobian, limit, h_BX, xs, reset_BT, closed_over):
-    def evaluate(h_BTX):
-        f_BTX, pull = jax.vjp(partial(_tokens, jaxpr, closed_over, xs), _before(h_BTX, reset_BT, h_BX))
-        return f_BTX, _jacobian(jacobian, f_BTX, lambda df_BTX: pull(df_BTX)[0])
-
-    return _iterate(evaluate, jnp.zeros((*reset_BT.shape, h_BX.shape[-1]), h_BX.dtype), reset_BT, limit)
-
-
-def _fixed_point_fwd(jaxpr, jacobian, limit, h_BX, xs, reset_BT, closed_over):
-    h_BTX, iterations = _fixed_point(jaxpr, jacobian, limit, h_BX, xs, reset_BT, closed_over)
-    return (h_BTX, iterations), (h_BX, xs, reset_BT, closed_over, h_BTX)
-
-
-def _fixed_point_bwd(jaxpr, jacobian, limit, saved, cotangents):
-    """The adjoint runs backwards in time, a_t = dh_t + J_{t+1}' a_{t+1}, and dx_t = (df_t / dx_t)' a_t.
-
-    It is linear, so with the full J the first iteration solves it; the diagonal one goes on until it does, too.
-    """
-    h_BX, xs, reset_BT, closed_over, h_BTX = saved
-    dh_BTX, _ = cotangents
-    f_BTX, pull = jax.vjp(partial(_tokens, jaxpr), closed_over, xs, _before(h_BTX, reset_BT, h_BX))
-
-    def to_before(a_BTX):  # J_t' a_t, which is 0 where the token began afresh, whatever J and a hold
-        return jnp.where(reset_BT[..., None], 0, pull(a_BTX)[2])
-
-    def shift(x, end):  # what is at t + 1 comes to t, and time runs backwards
-        return jnp.flip(jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], end)], axis=1), axis=1)
-
-    J = shift(_jacobian(jacobian, f_BTX, to_before), 0)
-    J = jnp.swapaxes(J, 2, 3) if jacobian == "full" else J
-
-    def evaluate(back_BTX):
-        return jnp.flip(dh_BTX, axis=1) + shift(to_before(jnp.flip(back_BTX, axis=1)), 0), J
-
-    back_BTX, _ = _iterate(evaluate, jnp.zeros_like(h_BTX), shift(reset_BT, True), h_BTX.shape[1])
-    a_BTX = jnp.flip(back_BTX, axis=1)
-    dclosed_over, dxs, _ = pull(a_BTX)
-    return to_before(a_BTX)[:, 0], dxs, None, dclosed_over
-
-
-_fixed_point.defvjp(_fixed_point_fwd, _fixed_point_bwd)
-
-
-def _iterate(evaluate, h_BTX, cut_BT, limit):
-    """Solves h = f(h) from a first guess, where f_t sees h_{t-1} alone, and not even that if cut_t.
-
-    evaluate: h_BTX -> f_BTX and its Jacobians. Returns (h_BTX, iterations); for the NaNs see newton_scan.
-    """
-    eps, tiny = 8 * jnp.finfo(h_BTX.dtype).eps, jnp.finfo(h_BTX.dtype).tiny
-    ends_BT = jnp.concatenate([cut_BT[:, 1:], jnp.ones_like(cut_BT[:, :1])], axis=1)
-
-    def iteration(carry):
-        h_BTX, _, _, n = carry
-        h_BTX = _finite(h_BTX)
-        f_BTX, J = evaluate(h_BTX)
-        J = _finite(J)
-        change_BTX = _finite(_linear(J, f_BTX - h_BTX, cut_BT))
-
-        # A token is right if all before it, back to the last cut, follow from the ones before them to rounding.
-        size_BT = jnp.max(jnp.abs(f_BTX) + _times(jnp.abs(J), jnp.abs(_before(h_BTX, cut_BT))), axis=-1)
-        off_BT = ~(jnp.max(jnp.abs(f_BTX - h_BTX), axis=-1) <= eps * size_BT + tiny) & ~ends_BT
-        earlier_BT = jnp.cumsum(off_BT, axis=1) - off_BT
-        right_BT = earlier_BT == lax.cummax(jnp.where(cut_BT, earlier_BT, 0), axis=1)
-        # A right value that is not finite makes no guess: the tokens after it are beyond help.
-        more = jnp.any(right_BT & off_BT & jnp.all(jnp.isfinite(f_BTX), axis=-1))
-
-        # f + J change rather than h + change: where nothing earlier has changed this is `step` itself, bit for bit.
-        return f_BTX + _times(J, _before(change_BTX, cut_BT)), right_BT, more, n + 1
-
-    start = h_BTX, cut_BT, jnp.bool_(True), jnp.int32(0)
-    h_BTX, right_BT, _, n = lax.while_loop(lambda carry: carry[2] & (carry[3] < limit), iteration, start)
-    return jnp.where(right_BT[..., None], h_BTX, jnp.nan), n
-
-
-def _token(jaxpr, closed_over, h_X, x):
-    return jax.core.eval_jaxpr(jaxpr, closed_over, h_X, *jax.tree.leaves(x))[0]
-
-
-def _tokens(jaxpr, closed_over, xs, before_BTX):
-    """`step` for all tokens at once, each from the state before it."""
-    return jax.vmap(jax.vmap(partial(_token, jaxpr, closed_over)))(before_BTX, xs)
-
-
-def _before(h_BTX, cut_BT, h_BX=None):
-    """The state before each token, from h_BX or 0 on, and 0 at cuts."""
-    first_BX = jnp.zeros_like(h_BTX[:, 0]) if h_BX is None else h_BX
-    return jnp.where(cut_BT[..., None], 0, jnp.concatenate([first_BX[:, None], h_BTX[:, :-1]], axis=1))
-
-
-def _jacobian(jacobian, f_BTX, pull):
-    """df_t / dh_{t-1}, [B, T, X, X] or its diagonal [B, T, X], from pull: df_BTX -> dh_BTX."""
-    unit_XX = jnp.eye(f_BTX.shape[-1], dtype=f_BTX.dtype)
-
-    def row(unit_X):
-        return pull(jnp.broadcast_to(unit_X, f_BTX.shape))
-
-    if jacobian == "full":
-        return jnp.moveaxis(jax.vmap(row)(unit_XX), 0, 2)
-    # A few rows at a time, as all of them at once are the full Jacobian in memory.
-    diagonal_XBT = lax.map(lambda unit_X: jnp.sum(row(unit_X) * unit_X, -1), unit_XX, batch_size=8)
-    return jnp.moveaxis(diagonal_XBT, 0, 2)
-
-
-def _times(J, h_BTX):
-    return J * h_BTX if J.ndim == 3 else jnp.einsum("...xy,...y->...x", J, h_BTX, precision="highest")
-
-
-def _linear(J, x_BTX, cut_BT):
-    """h_t = J_t h_{t-1} + x_t, from 0 at the start and at cuts."""
-    if J.ndim == 3:
-        return linear_scan(J, x_BTX, None, cut_BT, impl="associative")[0]
-    return affine_scan(J, x_BTX, None, cut_BT, impl="associative")[0]
-
-
-def _finite(x):
-    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def check_jacobian(jacobian: str) -> None:
     """Raises ValueError for a name that 'newton' does not know, with the nearest one."""
     if jacobian not in JACOBIANS:
-        expected = " or ".join(map(repr, JACOBIANS))
-        raise ValueError(f"jacobian: expected {expected}, got {jacobian!r}; {nearest(str(jacobian), JACOBIANS)}")
+        raise ValueError(
+            f"jacobian: expected one of {', '.join(JACOBIANS)}, got {jacobian!r}; {nearest(str(jacobian), JACOBIANS)}"
+        )
 
 
-def _check_newton(jacobian, max_iterations):
+def _check_newton(X, max_iterations, jacobian, blocks, guess_BTX, shape):
+    """How many blocks the Jacobian is taken to have, and 0 for its diagonal alone."""
     check_jacobian(jacobian)
     if max_iterations is not None and max_iterations < 1:
         raise ValueError(f"max_iterations: expected None or an integer >= 1, got {max_iterations}")
+    E = divisible("channels of h_BX", X, "blocks", blocks)
+    if guess_BTX is not None and np.shape(guess_BTX) != (*shape, X):
+        raise ValueError(f"guess_BTX: expected shape {[*shape, X]}, got {list(np.shape(guess_BTX))}")
+    if jacobian == "auto":
+        jacobian = "block" if E <= SMALL else "diagonal"
+    return {"full": 1, "block": blocks, "diagonal": 0}[jacobian]
 
 
 def _check(step, h_BX, xs, reset_BT):

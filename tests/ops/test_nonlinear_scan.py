@@ -3,6 +3,7 @@
 Dims: B batch, T time, X channels.
 """
 
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from memzoo import ops
+from memzoo.ops.newton import fixed_point
 
 B, X = 2, 5
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -176,6 +178,72 @@ def test_too_few_iterations_give_nan_and_nothing_wrong():
         assert not np.isnan(last_BX[0]).any() and np.isnan(last_BX[1]).all()
 
 
+def test_a_call_that_does_not_settle_falls_back_to_scan():
+    """With `fallback`, values, final state and gradients are the loop's, though three iterations are far too few."""
+    T = 13
+    with jax.enable_x64(True):
+        w, h_BX, xs, dh_BTX = problem(T, 6.0)
+
+        def run(scan, w, h_BX, in_BTX):
+            h_BTX, last_BX = scan(partial(cell, w), h_BX, {"in_X": in_BTX, "kind": xs["kind"]}, resets(T))[:2]
+            return jnp.vdot(h_BTX, dh_BTX) + jnp.sum(last_BX**2), h_BTX
+
+        gradient = lambda scan: jax.jit(jax.value_and_grad(partial(run, scan), argnums=(0, 1, 2), has_aux=True))
+        few = partial(ops.newton_scan, max_iterations=3, fallback=True)
+        want = gradient(ops.nonlinear_scan)(w, h_BX, xs["in_X"])
+        assert_close(gradient(few)(w, h_BX, xs["in_X"]), want, 1e-10)
+
+
+def test_auto_is_newton_where_loops_are_slow(monkeypatch):
+    """On an accelerator, long sequences of small blocks are done by Newton, and right if that does not settle."""
+    T, strong = 1024, np.float32(2.5) * np.eye(X, dtype="float32")[::-1]
+    x_BTX = np.random.default_rng(0).normal(size=(B, T, X)).astype("float32")
+    run = lambda gain: ops.nonlinear_scan(
+        lambda h_X, x_X: jnp.tanh(gain * strong @ h_X + x_X), jnp.zeros((B, X)), x_BTX
+    )
+    want = [run(gain)[0] for gain in (0.1, 1.0)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    counts = []
+    monkeypatch.setattr(
+        sys.modules["memzoo.ops.newton"], "fixed_point", lambda *args: counts.append(out := fixed_point(*args)) or out
+    )
+    for gain, value in zip((0.1, 1.0), want, strict=True):
+        np.testing.assert_allclose(run(gain)[0], value, atol=1e-5)
+    assert [int(n) for _, n in counts] == [int(counts[0][1]), 32] and counts[0][1] < 10
+
+
+def test_blocks_that_do_not_meet_take_no_more_iterations_than_the_full_jacobian():
+    """Three heads of two channels, each with a matrix of its own; and channels alone, whose diagonal is exact."""
+    T, H, E = 200, 3, 2
+    rng = np.random.default_rng(0)
+    U_HEE, x_BTX = rng.normal(size=(H, E, E)).astype("float32"), rng.normal(size=(B, T, H * E)).astype("float32")
+    heads = lambda h_X, x_X: jnp.tanh(jnp.einsum("hef,hf->he", U_HEE, h_X.reshape(H, E)).reshape(-1) + x_X)
+    alone = lambda h_X, x_X: jnp.tanh(1.5 * h_X + x_X)
+    for step, blocks in ((heads, H), (alone, H * E)):
+
+        @partial(jax.jit, static_argnames=("jacobian",))
+        def run(x_BTX, jacobian, step=step, blocks=blocks):
+            scan = lambda x: ops.newton_scan(step, jnp.ones((B, H * E)), x, jacobian=jacobian, blocks=blocks)
+            (h_BTX, _, n), pull = jax.vjp(scan, x_BTX)
+            zero = np.zeros(n.shape, jax.dtypes.float0)
+            return (h_BTX, pull((jnp.cos(h_BTX), jnp.zeros((B, H * E)), zero))[0]), n
+
+        full, block = run(x_BTX, "full"), run(x_BTX, "block")
+        assert_close(block[0], full[0], 1e-5)
+        assert block[1] <= full[1] + 1 < run(x_BTX, "diagonal")[1] + (blocks == H * E) * 99
+
+
+def test_the_states_of_a_call_before_save_iterations():
+    w, h_BX, xs, _ = problem(300, 1.0, "float32")
+    h_BTX, _, cold = newton(w, h_BX, xs)
+    moved = Weights(w.U_XX * np.float32(1.001), w.gate_X)
+    again_BTX, _, warm = jax.jit(lambda w, guess: ops.newton_scan(partial(cell, w), h_BX, xs, guess_BTX=guess))(
+        moved, h_BTX
+    )
+    np.testing.assert_allclose(again_BTX, newton(moved, h_BX, xs)[0], rtol=1e-4, atol=1e-5)
+    assert warm < cold
+
+
 @pytest.mark.parametrize("impl", ["scan", "newton"])
 def test_nothing_crosses_a_reset(impl):
     """Neither a NaN state before the first token, nor an infinite input of the sequence before; nor their gradients."""
@@ -260,9 +328,13 @@ def test_bad_arguments_are_named():
 
     for match, call in {
         "impl: expected": lambda: ops.nonlinear_scan(step, h_BX, xs, impl="newtom"),
-        "jacobian: expected 'full' or 'diagonal', got 'diag'": lambda: ops.nonlinear_scan(
+        "jacobian: expected one of auto, full, block, diagonal, got 'diag'": lambda: ops.nonlinear_scan(
             step, h_BX, xs, jacobian="diag"
         ),
+        "channels of h_BX: expected a positive multiple of blocks = 2, got 5": lambda: ops.newton_scan(
+            step, h_BX, xs, blocks=2
+        ),
+        r"guess_BTX: expected shape \[2, 3, 5\], got \[2, 5\]": lambda: ops.newton_scan(step, h_BX, xs, guess_BTX=h_BX),
         "max_iterations": lambda: ops.newton_scan(step, h_BX, xs, max_iterations=0),
         "h_BX: expected 2 axes": lambda: ops.nonlinear_scan(step, h_BX[0], xs),
         "h_BX: expected a real dtype": lambda: ops.nonlinear_scan(step, h_BX + 1j, xs),
