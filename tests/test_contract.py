@@ -16,6 +16,7 @@ CUTS = (0, 1, 2, 37, T)  # pieces of two lengths are two programs
 # Sizes that all differ from each other and from B, T, D, so that no axis can be mistaken for another.
 FIELDS = {
     "attention": {"heads": 3, "head_dim": 4, "window": 17, "sinks": 2},
+    "elman": {"hidden": 7},
     "lstm": {"hidden": 7},
     "gru": {"hidden": 7},
     "min_gru": {"expand": 3},
@@ -48,13 +49,17 @@ FIELDS = {
     "rwkv7": {"heads": 3, "key_dim": 5, "value_dim": 7, "decay_rank": 4, "rate_rank": 6, "gate_rank": 8},
     "mom": {"heads": 3, "key_dim": 6, "value_dim": 8, "memories": 4, "top_k": 2},
     "liger": {"heads": 6, "key_heads": 3, "head_dim": 4, "window": 17},
+    "lizard": {"heads": 6, "key_heads": 3, "head_dim": 4, "feature_dim": 5, "window": 17, "meta_tokens": 7},
     "causal_rn": {"hidden": 7, "window": 17},
     "block_linear": {"heads": 3, "key_dim": 6, "value_dim": 7},
+    # Rounding to spikes has steps, where no quotient of differences and no bfloat16 can follow: tested on its own.
+    "spiking_gla": {"heads": 6, "key_heads": 3, "head_dim": 10, "window": 17, "gate_rank": 5, "spiking": False},
     "deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "gated_deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "delta_product": {"heads": 3, "key_dim": 5, "value_dim": 7, "householders": 4},
     "kda": {"heads": 3, "key_dim": 5, "value_dim": 7, "gate_rank": 6},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
+    "hax": {"head_dim": 6, "state_size": 5, "bucket_keys": 7, "selected_keys": 9, "bits": 3},
     "gam": {"slots": 7},
 }
 NAMES = memzoo.names()

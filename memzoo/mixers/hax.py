@@ -295,7 +295,9 @@ def attend_row(keys, q_TN, kv_TZ, score_T, asks_T, joins_T, reset_T, dtype, toge
 
     selection, (number_NM, chosen_NCQ) = select(score_Q, keys.size_B, start_T, min(BLOCK, T))
     C = chosen_NCQ.shape[1]
-    blocks = lambda x_TX: jnp.pad(x_TX, [(0, -T % C)] + [(0, 0)] * (x_TX.ndim - 1)).reshape(-1, C, *x_TX.shape[1:])
+    # Tokens behind the last are copies of it, or their softmax could be of nothing.
+    padded = lambda x_TX: jnp.pad(x_TX, [(0, -T % C)] + [(0, 0)] * (x_TX.ndim - 1), mode="edge")
+    blocks = lambda x_TX: padded(x_TX).reshape(-1, C, *x_TX.shape[1:])
 
     def block(xs):
         q_CN, end_C, asks_C, start_C, number_M, own_C, chosen_CQ = xs
