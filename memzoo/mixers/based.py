@@ -19,26 +19,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from memzoo import contract, ops
-
-FLOOR = 0.5  # 1 + x + x^2 / 2 >= 1/2, and the sum has one term at least
+from memzoo.ops import taylor
+from memzoo.ops.taylor import FLOOR, phi
 
 
 class State(NamedTuple):
     S_BHEV: jax.Array
     z_BHE: jax.Array
-
-
-def phi(x_K):
-    """The features of a key or a query, along the last axis."""
-    K = x_K.shape[-1]
-    x_K = x_K * K**-0.25
-    squares = [x_K[..., i : i + 1] * x_K[..., i:] for i in range(K)]  # each pair of channels once, at first i with i
-    weight = np.concatenate([[0.5**0.5] + [1.0] * (K - 1 - i) for i in range(K)])
-    pairs = jnp.concatenate(squares, axis=-1) * weight.astype(x_K.dtype)
-    return jnp.concatenate([jnp.ones_like(x_K[..., :1]), x_K, pairs], axis=-1)
 
 
 def step(state, q_K, k_K, v_V):
@@ -74,7 +63,7 @@ class Based(nn.Module):
 
     def initial_state(self, batch: int) -> State:
         (H, K, V), wide = self.sizes(), contract.state_dtype(self.dtype)
-        E = 1 + K + K * (K + 1) // 2
+        E = taylor.size(K)
         return State(jnp.zeros((batch, H, E, V), wide), jnp.zeros((batch, H, E), wide))
 
     @nn.compact

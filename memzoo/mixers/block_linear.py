@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from memzoo import contract, ops
 from memzoo.ops import rotary
+from memzoo.ops.look_ahead import backwards
 
 FLOOR = 1.0  # of z' q, which for one key and 112 channels is about 112 / 2 pi at the start
 
@@ -120,16 +121,12 @@ def block_attention(
     queries = q_BTHK, rotary.turn(q_BTHK, n_BT, rope_base)
     written = k_BTHK, rotary.turn(k_BTHK, n_BT, rope_base), v_BTHV
     y_BTHV, total_BTH, S_BHKV, z_BHK = sweep(*queries, *written, S_BHKV, z_BHK, reset_BT, impl)
-    if block > 1:  # and what comes after a token in its block: backwards, the next one is the one before
+    if block > 1:
         ends_BT = jnp.pad(place_BT[:, 1:] == 0, [(0, 0), (0, 1)], constant_values=True)
-
-        def following(x_BTHX):
-            next_BTHX = jnp.pad(x_BTHX[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)])
-            return jnp.where(ends_BT[..., None, None], 0, next_BTHX)
-
-        backwards = [x[:, ::-1] for x in (*queries, *map(following, written))]
-        empty = jnp.zeros_like(S_BHKV), jnp.zeros_like(z_BHK)
-        later_BTHV, later_BTH, _, _ = sweep(*backwards, *empty, ends_BT[:, ::-1], impl)
+        queries, written, reset_BT = backwards(queries, written, ends_BT)
+        later_BTHV, later_BTH, _, _ = sweep(
+            *queries, *written, jnp.zeros_like(S_BHKV), jnp.zeros_like(z_BHK), reset_BT, impl
+        )
         y_BTHV, total_BTH = y_BTHV + later_BTHV[:, ::-1], total_BTH + later_BTH[:, ::-1]
     return (y_BTHV / jnp.maximum(total_BTH, FLOOR)[..., None]).astype(v_BTHV.dtype), S_BHKV, z_BHK
 
