@@ -40,6 +40,8 @@ _CARDS = (
          "input, forget and output gates around an additive cell", "LSTM"),
     Card("gru", "gated rnn", "Learning Phrase Representations using RNN Encoder-Decoder", "1406.1078", "constant",
          ("scan", "newton"), "reset and update gates around one state", "GRU"),
+    Card("indrnn", "gated rnn", "Independently Recurrent Neural Network (IndRNN)", "1803.04831", "constant",
+         ("scan", "newton"), "each unit with one bounded recurrent weight, on its own; ReLU", "IndRNN"),
     Card("min_gru", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,
          "a GRU whose gates see the token alone: linear in its state", "MinGRU"),
     Card("min_lstm", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,
@@ -87,6 +89,8 @@ _CARDS = (
          "a fixed decay per head and layer, then a norm over heads and a gate", "Lightning"),
     Card("based", "linear attention", "Simple linear attention language models balance the recall-throughput tradeoff",
          "2402.18668", "constant", _LINEAR, "softmax attention with exp as its second-order Taylor series", "Based"),
+    Card("jrt", "linear attention", "Just read twice: closing the recall gap for recurrent language models",
+         "2407.05483", "constant", _LINEAR, "Based with more keys for a prefix, which may look ahead in itself", "JRT"),
     Card("aaren", "linear attention", "Attention as an RNN", "2405.13956", "constant", _LINEAR,
          "softmax attention whose query is learned, the same for all tokens", "Aaren"),
     Card("gla", "linear attention", "Gated Linear Attention Transformers", "2312.06635", "constant", _LINEAR,
@@ -129,6 +133,8 @@ _CARDS = (
          ("scan", "chunk"), "Mamba-2, and attention to the query's hash bucket and to selected keys", "HAX"),
     Card("gam", "associative", "Gated Associative Memory: A Parallel O(N) Architecture", "2509.00605", "constant",
          ("scan", "conv"), "a short convolution, its only state, and a bank of learned slots, behind gates", "GAM"),
+    Card("esn", "reservoir", "The 'echo state' approach to analysing and training recurrent neural networks", "",
+         "constant", ("scan", "newton"), "a random network that is not trained, and a linear readout that is", "ESN"),
 )
 # fmt: on
 
