@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from memzoo.models.hybrid import hybrid
+from memzoo.models.hydra import Hydra
 from memzoo.models.transnormer import TransNormer
 from memzoo.sample import generate
 from tests.test_contract import all_finite, assert_close, in_numpy, largest, real, since
@@ -24,9 +25,18 @@ def small_hybrid(impl, **fields):
     return hybrid(Z, D, 3, "2:1", fields={"gated_deltanet": delta, "attention": full}, **fields)
 
 
+def small_hydra(impl, **fields):
+    """A layer with experts, and one with attention; chunks end inside of pieces, and texts inside of chunks."""
+    mixers = {"mamba2": {"head_dim": 8, "state_size": 3}, "attention": {"heads": 3, "head_dim": 4, "window": 7}}
+    sizes = {"chunk": 5, "experts": 3, "top_k": 2, "hidden": 8, "slots": 6, "rank": 4, "sub_keys": 9, "key_dim": 2}
+    every = {"attention_every": 2, "experts_every": 2, "pkm_top_k": 3, "value_dim": 7}
+    return Hydra(Z, D, 2, fields=mixers, impl=impl, **every, **sizes, **fields)
+
+
 # each takes impl, dtype and param_dtype
 MODELS = {
     "hybrid": small_hybrid,
+    "hydra": small_hydra,
     "transnormer": partial(TransNormer, Z, D, 2, heads=2, hidden=7),
 }
 NAMES = tuple(MODELS)
