@@ -42,6 +42,8 @@ _CARDS = (
          ("scan", "newton"), "reset and update gates around one state", "GRU"),
     Card("indrnn", "gated rnn", "Independently Recurrent Neural Network (IndRNN)", "1803.04831", "constant",
          ("scan", "newton"), "each unit with one bounded recurrent weight, on its own; ReLU", "IndRNN"),
+    Card("leaky_rnn", "gated rnn", "Emergent mechanisms for long timescales depend on training curriculum", "2309.12927",
+         "constant", ("scan", "newton"), "no gates; a learned time constant per unit", "LeakyRNN"),
     Card("min_gru", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,
          "a GRU whose gates see the token alone: linear in its state", "MinGRU"),
     Card("min_lstm", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,

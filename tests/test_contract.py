@@ -20,6 +20,7 @@ FIELDS = {
     "lstm": {"hidden": 7},
     "gru": {"hidden": 7},
     "indrnn": {"hidden": 7},
+    "leaky_rnn": {"hidden": 7, "around": "drive"},
     "min_gru": {"expand": 3},
     "min_lstm": {"expand": 3},
     "bilinear_rnn": {"hidden": 15, "block_size": 5},

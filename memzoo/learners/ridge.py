@@ -37,7 +37,7 @@ from memzoo.contract import positive
 class Sums(NamedTuple):
     """Of all samples so far. Those named square and cross are of what differs from the means."""
 
-    count: jax.Array  # int32: 2^31 samples; int64 in float64
+    samples: jax.Array  # int32: 2^31 samples; int64 in float64
     mean_F: jax.Array
     mean_K: jax.Array
     square_FF: jax.Array  # of the features, with each other
@@ -78,7 +78,7 @@ def update(sums: Sums, x: jax.Array, y: jax.Array, use: jax.Array | None = None)
     x_SF, y_SK = (jnp.reshape(a, (-1, n)).astype(sums.mean_F.dtype) for a, n in ((x, F), (y, K)))
     use_S1 = jnp.ones((len(x_SF), 1), bool) if use is None else jnp.reshape(use, (-1, 1))
 
-    count = jnp.sum(use_S1, dtype=sums.count.dtype)
+    count = jnp.sum(use_S1, dtype=sums.samples.dtype)
     mean = lambda a: jnp.sum(jnp.where(use_S1, a, 0), axis=0) / jnp.maximum(count, 1)
     mean_F, mean_K = mean(x_SF), mean(y_SK)
     dx_SF, dy_SK = jnp.where(use_S1, x_SF - mean_F, 0), jnp.where(use_S1, y_SK - mean_K, 0)
@@ -88,10 +88,10 @@ def update(sums: Sums, x: jax.Array, y: jax.Array, use: jax.Array | None = None)
 
 def merge(one: Sums, other: Sums) -> Sums:
     """The sums of both, as of streams that were read side by side."""
-    count = one.count + other.count
-    share = other.count / jnp.maximum(count, 1).astype(one.mean_F.dtype)
+    count = one.samples + other.samples
+    share = other.samples / jnp.maximum(count, 1).astype(one.mean_F.dtype)
     dx_F, dy_K = other.mean_F - one.mean_F, other.mean_K - one.mean_K
-    apart = one.count * share
+    apart = one.samples * share
     return Sums(
         count,
         one.mean_F + share * dx_F,

@@ -37,7 +37,7 @@ def test_equals_least_squares(dtype, tolerance, penalty):
         sums = jax.jit(ridge.update)(ridge.init(F, K, dtype), x, y)
         kernel, bias = jax.jit(ridge.solve)(sums, penalty)
         want_kernel, want_bias = least_squares(x, y, penalty)
-        assert kernel.dtype == bias.dtype == dtype and int(sums.count) == B * T
+        assert kernel.dtype == bias.dtype == dtype and int(sums.samples) == B * T
         np.testing.assert_allclose(kernel, want_kernel, atol=tolerance)
         np.testing.assert_allclose(bias, want_bias, atol=tolerance)
         predicted = (x @ want_kernel).reshape(-1, K)
@@ -62,7 +62,7 @@ def test_a_stream_in_pieces_is_one_call():
         uneven = update(uneven, x[:, begin:end], y[:, begin:end])
     merged = ridge.merge(update(start, x[0], y[0]), update(start, x[1], y[1]))
     for got in (by_token(x, y), uneven, merged):
-        assert int(got.count) == B * T
+        assert int(got.samples) == B * T
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-4), got, whole)
 
 
