@@ -7,7 +7,8 @@
 Workspace, of tokens u, in keys and values of slots, with r, w = softmax(W_c u):
 
     read     r_t W_o V' softmax(K q_t / sqrt(R))                    what whole chunks before that of t have written
-    write    K <- K + g (k - K)'   V <- V + g (v - V)'   g = w softmax(K k / sqrt(R))     with a whole chunk's means
+    write    K_m <- K_m + g_m (k - K_m)        V_m <- V_m + g_m (v - V_m)        g = w softmax(K k / sqrt(R))
+             for each slot m, once per chunk, with the means of its tokens' k, v and W_c u
 
 Source: Chaudhary, Browning, "Hydra: A 1.6B-Parameter State-Space Language Model with Sparse Attention,
 Mixture-of-Experts, and Memory" (2025), arXiv:2508.15099, and its released prototype (sidcraftscode/Hydra), which has
@@ -21,8 +22,9 @@ layers wrote the same, a token would wait for the top layer of the one before it
 attention has rotary places, and sinks as its global tokens. PKM takes k of the k^2 candidates, as its paper does, not
 all. Layers are pre-norm, without dropout.
 
-Dims: B batch, T time, D width, Z vocabulary, C chunk, E experts, J experts of a token, F hidden, M slots, R rank of the
-      workspace, N sub-keys of each half, K sub-key, V value, A = J B T rows of tokens, G = 2 R + 2 numbers to average.
+Dims: B batch, T time, D width, Z vocabulary, C chunk, E experts, J those that a token gets, of experts or of keys,
+      F hidden, M slots, R rank of the workspace, N sub-keys of each half, K sub-key, V value, A = J B T rows of tokens,
+      L tokens of a block, G = 2 R + 2 numbers to average.
 """
 
 import math
@@ -171,17 +173,17 @@ class ProductKeys(nn.Module):
         return (nn.sigmoid(gate_BT1) * y_BTD).astype(self.dtype)
 
 
-def nearest(score_BTN, other_BTN, k):
-    """The k largest of all N^2 sums of two scores, and their numbers, from k^2 candidates. Returns ([B, T, k], ~).
+def nearest(score_BTN, other_BTN, J):
+    """The J largest of all N^2 sums of two scores, and which they are, from J^2 candidates.
 
-    A sum among the k largest has either score among the k largest of its half.
+    A sum among the J largest has either score among the J largest of its half.
     """
-    s_BTK, i_BTK = lax.top_k(score_BTN, k)
-    t_BTK, j_BTK = lax.top_k(other_BTN, k)
-    sums_BTKK = s_BTK[..., :, None] + t_BTK[..., None, :]
-    best_BTK, at_BTK = lax.top_k(sums_BTKK.reshape(*sums_BTKK.shape[:2], k * k), k)
+    s_BTJ, i_BTJ = lax.top_k(score_BTN, J)
+    t_BTJ, j_BTJ = lax.top_k(other_BTN, J)
+    sums_BTJJ = s_BTJ[..., :, None] + t_BTJ[..., None, :]
+    best_BTJ, at_BTJ = lax.top_k(sums_BTJJ.reshape(*sums_BTJJ.shape[:2], J * J), J)
     take = partial(jnp.take_along_axis, axis=-1)
-    return best_BTK, take(i_BTK, at_BTK // k) * score_BTN.shape[-1] + take(j_BTK, at_BTK % k)
+    return best_BTJ, take(i_BTJ, at_BTJ // J) * score_BTN.shape[-1] + take(j_BTJ, at_BTJ % J)
 
 
 class Workspace(nn.Module):
