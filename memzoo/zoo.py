@@ -137,6 +137,8 @@ _CARDS = (
          ("scan", "conv"), "a short convolution, its only state, and a bank of learned slots, behind gates", "GAM"),
     Card("esn", "reservoir", "The 'echo state' approach to analysing and training recurrent neural networks", "",
          "constant", ("scan", "newton"), "a random network that is not trained, and a linear readout that is", "ESN"),
+    Card("res_esn", "reservoir", "Deep Residual Echo State Networks", "2508.21172", "constant", ("scan", "newton"),
+         "an echo state network whose state also goes around by an orthogonal matrix", "ResESN"),
 )
 # fmt: on
 

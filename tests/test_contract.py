@@ -20,7 +20,7 @@ FIELDS = {
     "lstm": {"hidden": 7},
     "gru": {"hidden": 7},
     "indrnn": {"hidden": 7},
-    "leaky_rnn": {"hidden": 7, "around": "drive"},
+    "leaky_rnn": {"hidden": 7},
     "min_gru": {"expand": 3},
     "min_lstm": {"expand": 3},
     "bilinear_rnn": {"hidden": 15, "block_size": 5},
@@ -65,6 +65,7 @@ FIELDS = {
     "hax": {"head_dim": 6, "state_size": 5, "bucket_keys": 7, "selected_keys": 9, "bits": 3},
     "gam": {"slots": 7},
     "esn": {"units": 7, "leak": 0.6, "bias_scale": 0.5},
+    "res_esn": {"units": 7, "alpha": 0.7, "bias_scale": 0.5},
 }
 NAMES = memzoo.names()
 FORMS = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms]
