@@ -44,6 +44,8 @@ _CARDS = (
          ("scan", "newton"), "each unit with one bounded recurrent weight, on its own; ReLU", "IndRNN"),
     Card("leaky_rnn", "gated rnn", "Emergent mechanisms for long timescales depend on training curriculum", "2309.12927",
          "constant", ("scan", "newton"), "no gates; a learned time constant per unit", "LeakyRNN"),
+    Card("wave_rnn", "gated rnn", "Traveling Waves Encode the Recent Past and Enhance Sequence Learning", "2309.08045",
+         "constant", ("scan", "newton"), "a convolution along rings of units, which begin as shift registers", "WaveRNN"),
     Card("min_gru", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,
          "a GRU whose gates see the token alone: linear in its state", "MinGRU"),
     Card("min_lstm", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,
@@ -139,6 +141,10 @@ _CARDS = (
          "constant", ("scan", "newton"), "a random network that is not trained, and a linear readout that is", "ESN"),
     Card("res_esn", "reservoir", "Deep Residual Echo State Networks", "2508.21172", "constant", ("scan", "newton"),
          "an echo state network whose state also goes around by an orthogonal matrix", "ResESN"),
+    Card("res_rmn", "reservoir", "Residual Reservoir Memory Networks", "2508.09925", "constant", ("scan", "newton"),
+         "a ring that keeps all inputs as they were, read by a residual echo state network", "ResRMN"),
+    Card("onion_esn", "reservoir", "Onion Echo State Networks: A Preliminary Analysis of Dynamics", "", "constant",
+         ("scan", "newton"), "small reservoirs side by side, the eigenvalues of each in a ring of its own", "OnionESN"),
 )
 # fmt: on
 

@@ -19,8 +19,9 @@ FIELDS = {
     "elman": {"hidden": 7},
     "lstm": {"hidden": 7},
     "gru": {"hidden": 7},
-    "indrnn": {"hidden": 7},
+    "indrnn": {"hidden": 7, "horizon": 100_000},  # a shorter one lets 131,072 tokens overflow
     "leaky_rnn": {"hidden": 7},
+    "wave_rnn": {"channels": 3, "places": 7, "conv_width": 5, "activation": "tanh"},  # ReLU grows without bound
     "min_gru": {"expand": 3},
     "min_lstm": {"expand": 3},
     "bilinear_rnn": {"hidden": 15, "block_size": 5},
@@ -66,6 +67,8 @@ FIELDS = {
     "gam": {"slots": 7},
     "esn": {"units": 7, "leak": 0.6, "bias_scale": 0.5},
     "res_esn": {"units": 7, "alpha": 0.7, "bias_scale": 0.5},
+    "res_rmn": {"memory_units": 5, "units": 7, "alpha": 0.7, "bias_scale": 0.5},
+    "onion_esn": {"units": 15, "rings": 3, "leak": 0.6, "bias_scale": 0.5},
 }
 NAMES = memzoo.names()
 FORMS = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms]
