@@ -46,6 +46,8 @@ _CARDS = (
          "constant", ("scan", "newton"), "no gates; a learned time constant per unit", "LeakyRNN"),
     Card("wave_rnn", "gated rnn", "Traveling Waves Encode the Recent Past and Enhance Sequence Learning", "2309.08045",
          "constant", ("scan", "newton"), "a convolution along rings of units, which begin as shift registers", "WaveRNN"),
+    Card("lem", "gated rnn", "Long Expressive Memory for Sequence Modeling", "2110.04744", "constant",
+         ("scan", "newton"), "two coupled states that choose how far to move; bounded, and so are their errors", "LEM"),
     Card("min_gru", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,
          "a GRU whose gates see the token alone: linear in its state", "MinGRU"),
     Card("min_lstm", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,

@@ -22,6 +22,7 @@ FIELDS = {
     "indrnn": {"hidden": 7, "horizon": 100_000},  # a shorter one lets 131,072 tokens overflow
     "leaky_rnn": {"hidden": 7},
     "wave_rnn": {"channels": 3, "places": 7, "conv_width": 5, "activation": "tanh"},  # ReLU grows without bound
+    "lem": {"hidden": 7},
     "min_gru": {"expand": 3},
     "min_lstm": {"expand": 3},
     "bilinear_rnn": {"hidden": 15, "block_size": 5},
