@@ -23,6 +23,7 @@ FIELDS = {
     "leaky_rnn": {"hidden": 7},
     "wave_rnn": {"channels": 3, "places": 7, "conv_width": 5, "activation": "tanh"},  # ReLU grows without bound
     "lem": {"hidden": 7},
+    "elm": {"memories": 7, "branches": 5, "synapses": 4, "learn_tau": True},
     "min_gru": {"expand": 3},
     "min_lstm": {"expand": 3},
     "bilinear_rnn": {"hidden": 15, "block_size": 5},
@@ -63,6 +64,7 @@ FIELDS = {
     "gated_deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "delta_product": {"heads": 3, "key_dim": 5, "value_dim": 7, "householders": 4},
     "kda": {"heads": 3, "key_dim": 5, "value_dim": 7, "gate_rank": 6},
+    "titans": {"heads": 3, "key_dim": 5, "value_dim": 7, "hidden": 6, "persistent": 4, "chunk": 10},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
     "hax": {"head_dim": 6, "state_size": 5, "bucket_keys": 7, "selected_keys": 9, "bits": 3},
     "gam": {"slots": 7},
