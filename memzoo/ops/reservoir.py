@@ -15,7 +15,7 @@ Dims: N units.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,20 @@ class EchoState(NamedTuple):
     contraction: jax.Array  # alpha + beta |W|_2
 
 
-def echo_state(W_NN: jax.Array, alpha: float = 0.0, beta: float = 1.0, O_NN: jax.Array | None = None) -> EchoState:
-    """O is the identity by default."""
+def turn(residual: str, O_NN: jax.Array | None = None) -> Callable[[jax.Array], jax.Array]:
+    """h_N -> O h: one place along the ring if 'cyclic', h itself if 'identity', and O_NN @ h_N where it is given."""
+    if O_NN is not None:
+        return lambda h_N: O_NN @ h_N
+    return (lambda h_N: jnp.roll(h_N, 1)) if residual == "cyclic" else lambda h_N: h_N
+
+
+def echo_state(
+    W_NN: jax.Array, alpha: float, beta: float, O: Callable[[jax.Array], jax.Array] = lambda h_N: h_N
+) -> EchoState:
+    """The condition. O: h_N -> O h, as `turn` gives it."""
     W_NN = jnp.asarray(W_NN, jnp.promote_types(W_NN.dtype, jnp.float32))
-    linear_NN = alpha * (jnp.eye(len(W_NN), dtype=W_NN.dtype) if O_NN is None else O_NN) + beta * W_NN
-    return EchoState(spectral_radius(linear_NN), alpha + beta * jnp.linalg.norm(W_NN, 2))
+    O_NN = jax.vmap(O, in_axes=1, out_axes=1)(jnp.eye(len(W_NN), dtype=W_NN.dtype))
+    return EchoState(spectral_radius(alpha * O_NN + beta * W_NN), alpha + beta * jnp.linalg.norm(W_NN, 2))
 
 
 def spectral_radius(W_NN: jax.Array) -> jax.Array:
@@ -69,11 +78,9 @@ def of_radius(radius: float) -> Callable[..., jax.Array]:
     return init
 
 
-def turned(h_N: jax.Array, residual: str, O_NN: jax.Array | None = None) -> jax.Array:
-    """O h: one place along the ring if 'cyclic', h itself if 'identity', and O_NN @ h_N if 'random'."""
-    if residual == "random":
-        return O_NN @ h_N
-    return jnp.roll(h_N, 1) if residual == "cyclic" else h_N
+def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = float) -> jax.Array:
+    """An initialiser: uniform on the orthogonal group, drawn in float32 at least."""
+    return jax.nn.initializers.orthogonal()(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
 def check_residual(residual: str) -> None:
