@@ -138,8 +138,6 @@ _CARDS = (
          _LINEAR, "the delta rule, and a gate per key channel that forgets", "KDA"),
     Card("titans", "test-time memory", "Titans: Learning to Memorize at Test Time", "2501.00663", "constant",
          ("scan", "chunk"), "a network whose weights learn while it reads, with momentum and decay", "Titans"),
-    Card("titans", "test-time memory", "Titans: Learning to Memorize at Test Time", "2501.00663", "constant",
-         ("scan", "chunk"), "a network whose weights learn while it reads, with momentum and decay", "Titans"),
     Card("rat", "hybrid", "RAT: Bridging RNN Efficiency and Attention Accuracy", "2507.04416", "constant",
          ("scan", "chunk"), "a gated recurrence inside chunks, softmax attention across their ends", "RAT"),
     Card("hax", "hybrid", "Overcoming Long-Context Limitations of State-Space Models", "2507.00449", "constant",

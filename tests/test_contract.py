@@ -65,7 +65,6 @@ FIELDS = {
     "delta_product": {"heads": 3, "key_dim": 5, "value_dim": 7, "householders": 4},
     "kda": {"heads": 3, "key_dim": 5, "value_dim": 7, "gate_rank": 6},
     "titans": {"heads": 3, "key_dim": 5, "value_dim": 7, "hidden": 6, "persistent": 4, "chunk": 10},
-    "titans": {"heads": 3, "key_dim": 5, "value_dim": 7, "hidden": 6, "persistent": 4, "chunk": 10},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
     "hax": {"head_dim": 6, "state_size": 5, "bucket_keys": 7, "selected_keys": 9, "bits": 3},
     "gam": {"slots": 7},
