@@ -15,6 +15,7 @@ Dims: B batch, T time, D width, H heads, K key, V value, F hidden, N persistent 
 convolution, P = W - 1 past tokens, O and I outputs and inputs of a matrix.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,10 +64,10 @@ class Titans(nn.Module):
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         """H, K, V, F, P"""
-        share = None
-        if self.key_dim is None or self.value_dim is None:
+        K, V = self.key_dim, self.value_dim
+        if K is None or V is None:
             share = contract.divisible("width", self.width, "heads", self.heads)
-        K, V = (share if n is None else n for n in (self.key_dim, self.value_dim))
+            K, V = share if K is None else K, share if V is None else V
         F = 2 * K if self.hidden is None else self.hidden
         contract.positive(width=self.width, heads=self.heads, key_dim=K, value_dim=V, hidden=F)
         contract.positive(depth=self.depth, chunk=self.chunk, conv_width=self.conv_width)
@@ -100,7 +101,9 @@ class Titans(nn.Module):
         f_WE = self.param("conv", short_filter, (P + 1, H * (2 * K + V)), self.param_dtype)
         A = {n: self.param(f"memory_{n}", lecun, shape, self.param_dtype) for n, shape in self.shapes().items()}
         step = 1 / self.chunk if self.step is None else self.step
-        learn = partial(ops.memorize, partial(network, self.depth), loss, chunk=self.chunk, impl=self.impl)
+        learn: Callable[..., Any] = partial(
+            ops.memorize, partial(network, self.depth), loss, chunk=self.chunk, impl=self.impl
+        )
 
         def tokens(x_BTD, past_BPE, reset_BT):
             """What the memory is told and asked, and how it learns."""

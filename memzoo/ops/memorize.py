@@ -81,9 +81,9 @@ def memory_state(
     """The state at the start of a sequence. shapes: [H, O, I] of each matrix."""
     zeros = {name: jnp.zeros((batch, *shape), dtype) for name, shape in shapes.items()}
     H, P = next(iter(shapes.values()))[0], window - 1
-    past = [jnp.zeros((batch, P, H, *of), dtype) if P else () for of in ((K,), (V,), ())]
+    k, v, gamma = (jnp.zeros((batch, P, H, *of), dtype) if P else () for of in ((K,), (V,), ()))
     place_B = jnp.zeros((batch,), jnp.int32)
-    return MemoryState(zeros, zeros if momentum else {}, zeros if chunk > 1 else {}, *past, place_B)
+    return MemoryState(zeros, zeros if momentum else {}, zeros if chunk > 1 else {}, k, v, gamma, place_B)
 
 
 def dense(W: Weights) -> Apply:
@@ -127,7 +127,8 @@ def memorize(
         lambda x: jnp.asarray(x, wide), (A, fixed, (q_BTHK, k_BTHK, v_BTHV, *_all(gates, wide)))
     )
     for name, W in A.items():
-        check_shapes(q_BTHK=q_BTHK, **{f"A[{name!r}]_HOI": W})
+        arrays: dict[str, Any] = {"q_BTHK": q_BTHK, f"A[{name!r}]_HOI": W}
+        check_shapes(**arrays)
     shapes: Any = {name: W.shape for name, W in A.items()}
     kinds: dict[str, Any] = {"momentum": gates.eta_BTH is not None, "window": rule.window, "chunk": chunk}
     fresh = partial(memory_state, B, shapes, K, V, wide, **kinds)
@@ -190,7 +191,7 @@ def _all(gates, dtype):
     return like, *(default if gate is None else gate for gate, default in rest)
 
 
-HEADS = MemoryState(0, 0, 0, 1, 1, 1, None)  # the axis of heads in the state of one row
+HEADS: Any = MemoryState(*(0, 0, 0, 1, 1, 1, None))  # type: ignore[arg-type]  # the axis of heads in a row's state
 
 
 def _fold(one, A0, fixed, state, xs, reset_BT):
