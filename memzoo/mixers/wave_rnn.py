@@ -7,7 +7,8 @@ Source: Keller, Muller, Sejnowski, Welling, "Traveling Waves Encode the Recent P
 Differs: biases begin at 0, where the convolution's are small random numbers in the code: so each channel begins as a
 shift register, whose place -k mod N holds the sum of the inputs of k tokens ago, and of N more, and 2 N, for nothing
 forgets yet. y is always a projection of h, so that width and ring are free. The Jacobian's diagonal begins at 0, so
-newton is quick with all of it, for small rings alone.
+newton is for small rings, with all of it: as begun, 161 iterations for 1,024 tokens of noise, and 1,009 with the
+diagonal.
 
 Dims: B batch, T time, D width, C channels, N places on a ring, W width of the convolution, X = C N, E = C: u leads from
 channels [C] to channels [E].
