@@ -152,6 +152,9 @@ _CARDS = (
          "a ring that keeps all inputs as they were, read by a residual echo state network", "ResRMN"),
     Card("onion_esn", "reservoir", "Onion Echo State Networks: A Preliminary Analysis of Dynamics", "", "constant",
          ("scan", "newton"), "small reservoirs side by side, the eigenvalues of each in a ring of its own", "OnionESN"),
+    Card("quantum_reservoir", "reservoir", "Quantum Reservoir Computing for Corrosion Prediction in Aerospace",
+         "2505.22837", "constant", ("scan", "associative"),
+         "small quantum systems side by side, simulated, which forget at rates of their own", "QuantumReservoir"),
 )
 # fmt: on
 

@@ -71,6 +71,7 @@ FIELDS = {
     "esn": {"units": 7, "leak": 0.6, "bias_scale": 0.5},
     "res_esn": {"units": 7, "alpha": 0.7, "bias_scale": 0.5},
     "res_rmn": {"memory_units": 5, "units": 7, "alpha": 0.7, "bias_scale": 0.5},
+    "quantum_reservoir": {"qubits": 3, "angles": (0.2, 0.4, 0.8)},
     "onion_esn": {"units": 15, "rings": 3, "leak": 0.6, "bias_scale": 0.5},
 }
 NAMES = memzoo.names()
