@@ -1,5 +1,7 @@
 """Facts of the Lightning Attention papers, arXiv:2405.17381, arXiv:2401.04658 and arXiv:2307.14995."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import memzoo
 from memzoo.mixers import lightning, retnet
+from tests.test_contract import assert_close
 
 T, H, K, V = 70, 3, 4, 5
 lightning_attention = jax.jit(lightning.lightning_attention, static_argnums=6)
@@ -52,14 +55,46 @@ def test_lrpe_is_a_phase_of_how_far_apart_tokens_are(impl):
     np.testing.assert_allclose(S_BHKV[0], last, atol=2e-4)
 
 
-def test_turns_are_exact_however_many():
+@pytest.mark.parametrize("x64", [False, True])
+def test_turns_are_exact_however_many(x64):
     """m turns and n turns are m + n turns; n theta in float32 would be off by n theta / 2^24, half a turn here."""
     theta = np.float32(np.random.default_rng(0).uniform(-7, 7, 50))
-    angles = jax.jit(lightning.angles)
-    phase = lambda n: np.exp(1j * np.float64(angles(theta, jnp.int32(n))))
-    assert np.abs(phase(1) - np.exp(1j * np.float64(theta))).max() < 1e-6
-    for m, n in ((1, 2), (1000, 1), (10**8, 1), (10**8 - 1, 999)):
-        assert np.abs(phase(m) * phase(n) - phase(m + n)).max() < 2e-6
+    with jax.enable_x64(x64):
+        angles = jax.jit(lightning.angles)
+        phase = lambda n: np.exp(1j * np.float64(angles(theta, jnp.asarray(n))))
+        assert np.abs(phase(1) - np.exp(1j * np.float64(theta))).max() < 1e-6
+        for m, n in ((1, 2), (1000, 1), (4000, 96), (10**8, 1), (10**8 - 1, 999)):
+            assert np.abs(phase(m) * phase(n) - phase(m + n)).max() < 2e-6
+
+
+def test_lrpe_in_forms_and_pieces_across_resets():
+    """Outputs, last state and gradients: the whole by `scan`, and two pieces, one longer than a chunk, by `chunk`."""
+    rng = np.random.default_rng(0)
+    x_BTD = rng.standard_normal((2, T, 6)).astype(np.float32)
+    reset_BT = np.zeros((2, T), bool)
+    reset_BT[0, [0, 20, 21]] = reset_BT[1, [3, 68]] = True
+    weights_BTD = rng.standard_normal(x_BTD.shape).astype(np.float32)
+
+    def run(impl, cuts):
+        mixer = memzoo.make("lightning", width=6, heads=2, value_dim=4, depth=0.5, lrpe=True, impl=impl)
+
+        def loss(params, x_BTD, state):
+            ys = []
+            for i, j in itertools.pairwise(cuts):
+                y_BTD, state = mixer.apply(params, x_BTD[:, i:j], state, reset_BT[:, i:j])
+                ys.append(y_BTD)
+            y_BTD = jnp.concatenate(ys, axis=1)
+            return jnp.sum(y_BTD * weights_BTD) + jnp.sum(jnp.abs(state.S_BHKV) ** 2), (y_BTD, state)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    mixer = memzoo.make("lightning", width=6, heads=2, value_dim=4, lrpe=True)
+    params = jax.jit(mixer.init)(jax.random.key(0), x_BTD[:, :1])
+    normal = rng.standard_normal((2, 2, 2, 3, 4)).astype(np.float32)
+    state = lightning.State(np.complex64(normal[0] + 1j * normal[1]))
+    want = run("scan", (0, T))(params, x_BTD, state)
+    assert_close(run("chunk", (0, 3, T))(params, x_BTD, state), want, 1e-5)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(want))
 
 
 def test_the_frequencies_that_lrpe_begins_with():
@@ -69,6 +104,8 @@ def test_the_frequencies_that_lrpe_begins_with():
     want = [10_000 ** (-2 * j / 12) for j in range(12)]
     np.testing.assert_allclose(np.ravel(params["theta"]), want, rtol=1e-5)
     assert params["theta"].shape == (3, 4)
+    half = np.float64(lightning.frequencies(None, (16, 64), jnp.bfloat16)).ravel()
+    np.testing.assert_allclose(half, 10_000 ** (-2 * np.arange(1024) / 1024), rtol=2**-8)
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
