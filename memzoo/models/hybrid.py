@@ -7,7 +7,8 @@ Attention" (2025), arXiv:2507.06457: ratios of 24:1, 12:1, 6:1 and 3:1, full lay
 are HGRN, RetNet, GLA, HGRN-2, DeltaNet or Gated DeltaNet. It recommends HGRN-2 or Gated DeltaNet from 3:1 to 6:1.
 Differs: full attention here is the zoo's: full as long as a text is no longer than its window, 1,024 tokens where
 `fields` has no other, and of constant memory beyond it. A mixer whose paper gives each layer another decay gets that of
-its layer's height (HGRN and HGRN2 by `lower_bound`, Lightning Attention by `depth`), fixed where the paper learns it.
+its layer's height (HGRN and HGRN2 by `lower_bound`, Lightning Attention by `depth`, RWKV-7 by `layer` and `layers`, in
+its initial values), fixed where the paper learns it.
 """
 
 import re
@@ -17,11 +18,12 @@ from typing import Any
 from memzoo import contract
 from memzoo.models.backbone import LanguageModel, Place
 
-# What a mixer's field is in layer l of L.
-BY_HEIGHT: dict[str, tuple[str, Callable[[int, int], float]]] = {
-    "hgrn": ("lower_bound", lambda l, L: l / L),
-    "hgrn2": ("lower_bound", lambda l, L: l / L),
-    "lightning": ("depth", lambda l, L: l / (L - 1) if L > 1 else 0.0),
+# The fields that a mixer has in layer l of L.
+BY_HEIGHT: dict[str, Callable[[int, int], dict[str, float]]] = {
+    "hgrn": lambda l, L: {"lower_bound": l / L},
+    "hgrn2": lambda l, L: {"lower_bound": l / L},
+    "lightning": lambda l, L: {"depth": l / (L - 1) if L > 1 else 0.0},
+    "rwkv7": lambda l, L: {"layer": l, "layers": L},
 }
 
 
@@ -73,11 +75,10 @@ def full_layers(ratio: str, layers: int) -> list[bool]:
 
 
 def place(kind: str, l: int, layers: int, given: Mapping[str, Any]) -> Place:
-    """The mixer, with the field that its layer decides, unless that is given."""
-    name, value = BY_HEIGHT.get(kind, (None, None))
-    if name is None or value is None or name in given:
-        return kind
-    return kind, {name: value(l, layers)}
+    """The mixer, with the fields that its layer decides, less those that are given."""
+    by_height = BY_HEIGHT[kind](l, layers) if kind in BY_HEIGHT else {}
+    own = {name: value for name, value in by_height.items() if name not in given}
+    return (kind, own) if own else kind
 
 
 def shortest(places: tuple[Place, ...]) -> tuple[Place, ...]:

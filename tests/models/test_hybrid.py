@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+import memzoo
 from memzoo.mixers import attention, gated_deltanet
 from memzoo.models.backbone import LanguageModel, describe
-from memzoo.models.hybrid import full_layers, hybrid
+from memzoo.models.hybrid import BY_HEIGHT, full_layers, hybrid
 
 Z, D = 11, 16
 FIELDS = {"gated_deltanet": {"heads": 2}, "attention": {"heads": 2, "window": 5}}
@@ -58,12 +59,35 @@ def test_0_to_1_is_a_transformer_and_1_to_0_has_no_attention():
 
 
 def test_0_to_1_has_a_transformers_parameters_and_logits():
+    """In NumPy: RMSNorm, causal softmax over queries and keys turned by their places, RMSNorm, SwiGLU; twice."""
     tokens_BT = np.random.default_rng(0).integers(0, Z, (2, 9))
-    ours, theirs = hybrid(Z, D, 2, "0:1"), LanguageModel(Z, D, 2, mixers=("attention",))
-    params = jax.jit(ours.init)(jax.random.key(0), tokens_BT)
-    np.testing.assert_array_equal(
-        jax.jit(ours.apply)(params, tokens_BT)[0], jax.jit(theirs.apply)(params, tokens_BT)[0]
-    )
+    model, K = hybrid(Z, D, 2, "0:1", hidden=10, fields={"attention": {"heads": 2}}), D // 2
+    params = jax.jit(model.init)(jax.random.key(0), tokens_BT)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: np.float32(p + 0.2 * rng.standard_normal(p.shape)), params)
+    got, _ = jax.jit(model.apply)(params, tokens_BT)
+
+    p = jax.tree.map(np.float64, params["params"])
+    assert sum(leaf.size for leaf in jax.tree.leaves(p)) == 2 * Z * D + D + 2 * (2 * D + 4 * D * D + 3 * D * 10)
+    norm = lambda x, q: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * q["scale"]
+    turns = np.exp(1j * np.arange(9)[:, None] * 10_000.0 ** (-np.arange(K // 2) / (K // 2)))
+
+    def turned(x_BTHK):
+        pairs = (x_BTHK[..., 0::2] + 1j * x_BTHK[..., 1::2]) * turns[:, None]
+        return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x_BTHK.shape)
+
+    x = p["embedding"][tokens_BT]
+    for layer in (p["stack"]["layer_0"], p["stack"]["layer_1"]):
+        u = norm(x, layer["mixer_norm"])
+        q, k, v = (np.einsum("btd,dhk->bthk", u, layer["mixer"][name]["kernel"]) for name in "qkv")
+        scores = np.einsum("bthk,bshk->bhts", turned(q), turned(k)) / np.sqrt(K)
+        weights = np.exp(scores) * np.tri(9)
+        y = np.einsum("bhts,bshk->bthk", weights / weights.sum(-1, keepdims=True), v)
+        x = x + np.einsum("bthk,hkd->btd", y, layer["mixer"]["out"]["kernel"])
+        gate, up = np.split(norm(x, layer["mlp_norm"]) @ layer["mlp"]["gate_up"]["kernel"], 2, axis=-1)
+        x = x + gate / (1 + np.exp(-gate)) * up @ layer["mlp"]["out"]["kernel"]
+    want = norm(x, p["norm"]) @ p["head"]
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
 def test_only_full_layers_keep_tokens():
@@ -87,8 +111,21 @@ def test_bounds_and_decays_rise_with_height():
     assert [model.make_mixer(place).lower_bound for place in model.places()[:3]] == [0, 0.25, 0.5]
     model = hybrid(Z, D, 5, "1:0", linear="lightning", fields={"lightning": {"heads": 2}})
     assert [model.make_mixer(place).depth for place in model.places()] == [0, 0.25, 0.5, 0.75, 1]
+    model = hybrid(Z, D, 4, linear="rwkv7")
+    places = [model.make_mixer(place) for place in model.places()[:3]]
+    assert [(mixer.layer, mixer.layers) for mixer in places] == [(0, 4), (1, 4), (2, 4)]
     given = hybrid(Z, D, 4, linear="hgrn2", fields={"hgrn2": {"lower_bound": 0.1}})
     assert [given.make_mixer(place).lower_bound for place in given.places()[:3]] == [0.1] * 3
+
+
+def test_no_mixer_that_asks_for_its_height_is_forgotten():
+    """By the names of fields; the depth of Titans' memory is another thing."""
+    asks = {
+        name
+        for name in memzoo.names()
+        if {"layer", "layers", "depth", "lower_bound"} & set(type(memzoo.make(name, width=8)).__dataclass_fields__)
+    }
+    assert asks - {"titans"} == set(BY_HEIGHT)
 
 
 @pytest.mark.parametrize("ratio", ["0:0", "3", "3:1:1", "-3:1", "1.5:1", "", 3, (3, 1)])
