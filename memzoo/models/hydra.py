@@ -18,9 +18,11 @@ Differs: the paper is a blueprint, and its prototype not causal: experts are cho
 by means over tokens to come. Here the first token of a chunk, whose hidden state knows the past, chooses the chunk's
 experts, and what a chunk writes is read from the next chunk on. Slots are written by attention, not those of smallest
 norm by a tenth, and begin anew with each text. The workspace has one set of weights, but slots for each layer: if all
-layers wrote the same, a token would wait for the top layer of the one before it. The SSM is Mamba-2, not a convolution;
-attention has rotary places, and sinks as its global tokens. PKM takes k of the k^2 candidates, as its paper does, not
-all. Layers are pre-norm, without dropout.
+layers wrote the same, a token would wait for the top layer of the one before it. A slot has a key and a value of its
+own, at first N(0, 1) and 0.01 N(0, 1); the prototype's is one vector of width D, at first 0.01 N(0, 1), whose key and
+value are projections at each read. Both memories are on, where the prototype's are off by default. The SSM is Mamba-2,
+not a convolution; attention has rotary places, and sinks as its global tokens. PKM takes k of the k^2 candidates, as
+its paper does, not all. Layers are pre-norm, without dropout.
 
 Dims: B batch, T time, D width, Z vocabulary, C chunk, E experts, J those that a token gets, of experts or of keys,
       F hidden, M slots, R rank of the workspace, N sub-keys of each half, K sub-key, V value, A = J B T rows of tokens,
@@ -28,7 +30,7 @@ Dims: B batch, T time, D width, Z vocabulary, C chunk, E experts, J those that a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -371,13 +373,17 @@ class Hydra(nn.Module):
                     f"fields: {kind!r} is no mixer of it; {contract.nearest(kind, ('mamba2', 'attention'))}"
                 )
         check_impl("hydra", self.impl, FORMS)
-        self.initial_state(1)
+        for kind in ("mamba2", *(["attention"] if any(map(self.attends, range(self.layers))) else [])):
+            self.make_mixer(kind)
         super().__post_init__()
 
     def mixer_fields(self, kind: str) -> FrozenDict:
         shared = {"width": self.width, "impl": self.impl, "dtype": self.dtype, "param_dtype": self.param_dtype}
         window = {"window": 256} if kind == "attention" else {}
         return FrozenDict({**shared, **window, **self.fields.get(kind, {})})
+
+    def make_mixer(self, kind: str) -> Any:
+        return zoo.make(kind, parent=None, **self.mixer_fields(kind))
 
     def experts_fields(self) -> FrozenDict:
         hidden = self.width if self.hidden is None else self.hidden
@@ -394,13 +400,13 @@ class Hydra(nn.Module):
         return max(1, self.width // 2) if size is None else size
 
     def initial_state(self, batch: int) -> tuple[LayerState, ...]:
+        return self.states(batch, lambda kind: self.make_mixer(kind).initial_state(batch))
+
+    def states(self, batch: int, of_mixer: Callable[[str], Any]) -> tuple[LayerState, ...]:
         zeros, none = partial(jnp.zeros, dtype=contract.state_dtype(self.dtype)), jnp.zeros(batch, jnp.int32)
         M, R = self.slots, self.half(self.rank)
         choice = Choice(zeros((batch, self.experts)), none)
         slots = Slots(zeros((batch, M, R)), zeros((batch, M, R)), zeros((batch, 2 * R + 2)), none)
-
-        def of_mixer(kind):
-            return zoo.make(kind, parent=None, **self.mixer_fields(kind)).initial_state(batch)
 
         return tuple(
             LayerState(
@@ -444,7 +450,7 @@ class Hydra(nn.Module):
         states = begin(self, tokens_BT, state, reset_BT)
         x_BTD = embed(self.embedding_ZD, tokens_BT).astype(self.dtype)
         if state is None:
-            states = self.initial_state(len(x_BTD))
+            states = self.states(len(x_BTD), lambda kind: None)  # which a mixer takes to mean that there is no past
         after = []
         for layer, before in zip(self.layer, states, strict=True):
             x_BTD, last = layer(x_BTD, before, reset_BT)

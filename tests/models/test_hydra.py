@@ -1,5 +1,7 @@
 """Facts of Hydra, arXiv:2508.15099, and of product keys, arXiv:1907.05242: each part by itself, and all of them off."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,9 +200,12 @@ def test_load_balance_is_sown(params, tokens):
     assert 0 < value < E
 
 
-@pytest.mark.parametrize("impl", ["scan", "chunk"])
-def test_the_workspace_is_its_equations(impl):
-    """Token by token, in NumPy: written by whole chunks, read from the next one on, anew after a reset."""
+@pytest.mark.parametrize(("impl", "cuts"), [("scan", (0, 23)), ("chunk", (0, 23)), ("chunk", (*range(0, 23, 3), 23))])
+def test_the_workspace_is_its_equations(impl, cuts):
+    """Token by token, in NumPy: written by whole chunks, read from the next one on, anew after a reset.
+
+    In one call, and in calls of less than a chunk.
+    """
     rng = np.random.default_rng(3)
     T = 23
     q, x = rng.standard_normal((1, T, R)), rng.standard_normal((1, T, 2 * R + 2))
@@ -210,7 +215,11 @@ def test_the_workspace_is_its_equations(impl):
     slots = hydra.Slots(*(0.5 * rng.standard_normal((2, 1, M, R))), rng.standard_normal((1, 2 * R + 2)), np.array([3]))
     f = jax.jit(hydra.workspace, static_argnums=(6, 7))
     single = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.int32 if a.dtype == int else np.float32), tree)
-    got, after = f(*single((q, x, keys, values, slots)), reset, C, impl)
+    ys, after = [], single(slots)
+    for i, j in itertools.pairwise(cuts):
+        y, after = f(*single((q[:, i:j], x[:, i:j], keys, values)), after, reset[:, i:j], C, impl)
+        ys.append(y)
+    got = np.concatenate(ys, axis=1)
     key, value = keys + slots.key_BMR[0], values + slots.value_BMR[0]
     total, count = slots.sum_BG[0], 3
     for t in range(T):
@@ -227,6 +236,23 @@ def test_the_workspace_is_its_equations(impl):
     np.testing.assert_allclose(after.value_BMR[0] + values, value, atol=1e-5)
     np.testing.assert_allclose(after.sum_BG[0], total, atol=1e-5)
     assert after.count_B == count
+
+
+def test_making_a_model_makes_no_arrays(monkeypatch):
+    """Only shapes of its state."""
+    zeros, made = jnp.zeros, []
+    monkeypatch.setattr(jnp, "zeros", lambda *args, **fields: made.append(zeros(*args, **fields)) or made[-1])
+    small()
+    assert made and all(isinstance(array, jax.core.Tracer) for array in made)
+
+
+def test_without_a_state_attention_has_no_cache_to_read(tokens):
+    """4 numbers of each of 2 x 200 slots, times 2, for scores and values of 13 tokens, 3 heads and 2 rows."""
+    fields = {**FIELDS, "attention": {**FIELDS["attention"], "window": 200, "impl": "chunk"}}
+    model = small(**OFF | {"attention_every": 2}, fields=fields)
+    params, state = jax.eval_shape(lambda: (model.init(jax.random.key(0), tokens), model.initial_state(B)))
+    flops = [jax.jit(model.apply).lower(params, tokens, s).cost_analysis()["flops"] for s in (None, state)]
+    assert flops[1] - flops[0] > 2 * 4 * 2 * 200 * T * 3 * B
 
 
 def test_parts_begin_as_the_prototypes_do():
