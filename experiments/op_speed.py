@@ -4,9 +4,9 @@ python experiments/op_speed.py --out runs/op_speed             # everything belo
 python experiments/op_speed.py --ops delta_rule --lengths 1024 4096 --sizes 128 --heads 1 --out runs/quick
 
 Every row times all forms of one op in turn, A B C A B C ..., and prints medians, and how many times faster than `scan`.
-A form whose compiled program wants more than --memory-limit is left out, with what it would want. `bytes` is that
-program's temporary memory; `growth` is time per token at this length over that at the length before. `multiply`, beside
-linear_scan, is a_t x_t alone: what memory takes, and how that grows.
+A form whose compiled program wants more than --memory-limit (four times that beside a peer) is left out, with what it
+would want. `bytes` is that program's temporary memory; `growth` is time per token at this length over that at the
+length before. `multiply`, beside linear_scan, is a_t x_t alone: what memory takes, and how that grows.
 Architectures are at their defaults, beside linear_attention with a state of the same size; their growth is time per
 token at 16,384 over that at 1,024. `--architectures` without names leaves them out.
 
@@ -39,11 +39,14 @@ from tqdm import tqdm
 import memzoo
 from memzoo import checkpoint, contract, host, ops
 
+OPS = ("linear_scan", "linear_attention", "delta_rule")
+DECAYS = ("none", "head", "key")
+
 
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("runs/op_speed")  # a new directory: op_speed.jsonl, op_speed.png
-    ops: tuple[str, ...] = ("linear_scan", "linear_attention", "delta_rule")
+    ops: tuple[str, ...] = OPS
     decays: tuple[str, ...] = ("head",)  # of linear_attention and delta_rule: none, head, key
     batch: int = 4
     heads: tuple[int, ...] = (1, 4)
@@ -250,12 +253,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    contract.positive(batch=config.batch, repeats=config.repeats)
+    contract.positive(batch=config.batch, repeats=config.repeats, width=config.width)
+    for field in ("heads", "sizes", "lengths", "growth"):
+        for number in getattr(config, field):
+            contract.positive(**{field: number})
     for name in config.architectures:
-        memzoo.card(name)  # refuses an unknown one
-    for op in config.ops:
-        if op not in (known := ("linear_scan", "linear_attention", "delta_rule")):
-            raise ValueError(f"ops: unknown op {op!r}; {contract.nearest(op, known)}")
+        memzoo.make(name, width=config.width)  # refuses an unknown one, and a width that its heads do not divide
+    for field, known in (("ops", OPS), ("decays", DECAYS)):
+        for name in getattr(config, field):
+            if name not in known:
+                raise ValueError(f"{field}: unknown {field[:-1]} {name!r}; {contract.nearest(name, known)}")
     checkpoint.check(config.out, {}, resume=False)
     if config.keep_pages and not host.keep_pages():
         raise ValueError("keep_pages: expected a system whose C library is glibc")

@@ -19,8 +19,26 @@ def test_op_speed(tmp_path):
         assert row["times_scan"] == 1 if row["impl"] == "scan" else row["times_scan"] > 0
     with pytest.raises(ValueError, match="out: expected a new or empty directory"):
         op_speed.main(config)
-    with pytest.raises(ValueError, match="unknown op 'delta'; did you mean delta_rule"):
-        op_speed.main(op_speed.Config(tmp_path / "other", ops=("delta",)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ops": ("delta",)}, "ops: unknown op 'delta'; did you mean delta_rule"),
+        ({"decays": ("head", "heads")}, "decays: unknown decay 'heads'; did you mean head"),
+        ({"lengths": (8, 0)}, "lengths: expected an integer >= 1, got 0"),
+        ({"heads": (0,)}, "heads: expected an integer >= 1, got 0"),
+        ({"sizes": (0,)}, "sizes: expected an integer >= 1, got 0"),
+        ({"growth": (4, 0)}, "growth: expected an integer >= 1, got 0"),
+        ({"width": 0}, "width: expected an integer >= 1, got 0"),
+        ({"width": 7, "architectures": ("attention",)}, "width: expected a positive multiple of heads = 4, got 7"),
+        ({"architectures": ("lrru",)}, "'lrru'.*did you mean lru"),
+    ],
+)
+def test_op_speed_refuses_bad_fields_before_anything_is_measured(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        op_speed.main(op_speed.Config(tmp_path / "new", **{"architectures": (), **fields}))
+    assert not (tmp_path / "new").exists()
 
 
 def test_op_speed_leaves_out_what_does_not_fit(tmp_path):
@@ -41,8 +59,6 @@ def test_op_speed_of_architectures(tmp_path):
     for row in rows:
         assert row["us_per_token"] > 0 and row["times_linear_attention"] > 0 and row["peer_floats"] >= 6
         assert (row["growth"] is None) == (row["T"] == 4)
-    with pytest.raises(ValueError, match=r"'lrru'.*did you mean lru"):
-        op_speed.main(op_speed.Config(tmp_path / "other", architectures=("lrru",)))
 
 
 def test_decode_speed(tmp_path, monkeypatch):
