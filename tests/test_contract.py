@@ -16,9 +16,9 @@ CUTS = (0, 1, 2, 37, T)  # pieces of two lengths are two programs
 # Sizes that all differ from each other and from B, T, D, so that no axis can be mistaken for another.
 FIELDS = {
     "attention": {"heads": 3, "head_dim": 4, "window": 17, "sinks": 2},
-    "elman": {"hidden": 7},
     "lstm": {"hidden": 7},
     "gru": {"hidden": 7},
+    "elman": {"hidden": 7},
     "indrnn": {"hidden": 7, "horizon": 100_000},  # a shorter one lets 131,072 tokens overflow
     "leaky_rnn": {"hidden": 7},
     "wave_rnn": {"channels": 3, "places": 7, "conv_width": 5, "activation": "tanh"},  # ReLU grows without bound
@@ -45,7 +45,7 @@ FIELDS = {
     "linear_attention": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "retnet": {"heads": 3, "key_dim": 6, "value_dim": 7},
     "mlstm": {"heads": 3, "key_dim": 6, "value_dim": 7, "input_bias": 0.5, "forget_bias": (0, 2)},
-    "lightning": {"heads": 3, "key_dim": 5, "value_dim": 7, "depth": 0.5, "lrpe": True},
+    "lightning": {"heads": 3, "key_dim": 5, "value_dim": 7, "depth": 0.5},
     "based": {"heads": 3, "feature_dim": 4, "value_dim": 7},
     "jrt": {"heads": 3, "feature_dim": 4, "value_dim": 7, "prefix": 100},  # ends amid the second call of 72
     "aaren": {"heads": 3, "key_dim": 5, "value_dim": 7},
@@ -64,6 +64,8 @@ FIELDS = {
     "gated_deltanet": {"heads": 3, "key_dim": 5, "value_dim": 7},
     "delta_product": {"heads": 3, "key_dim": 5, "value_dim": 7, "householders": 4},
     "kda": {"heads": 3, "key_dim": 5, "value_dim": 7, "gate_rank": 6},
+    "ttt_linear": {"heads": 3, "head_dim": 4, "chunk": 10},
+    "ttt_mlp": {"heads": 3, "head_dim": 4, "chunk": 10, "expansion": 5},
     "titans": {"heads": 3, "key_dim": 5, "value_dim": 7, "hidden": 6, "persistent": 4, "chunk": 10},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
     "hax": {"head_dim": 6, "state_size": 5, "bucket_keys": 7, "selected_keys": 9, "bits": 3},

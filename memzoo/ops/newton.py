@@ -88,9 +88,11 @@ def _iterate(evaluate, h_BTX, cut_BT, limit):
         J = _finite(J)
         change_BTX = _finite(_linear(J, f_BTX - h_BTX, cut_BT))
 
-        # A token is right if all before it, back to the last cut, follow from the ones before them to rounding.
-        size_BT = jnp.max(jnp.abs(f_BTX) + _times(jnp.abs(J), jnp.abs(_before(h_BTX, cut_BT))), axis=-1)
-        off_BT = ~(jnp.max(jnp.abs(f_BTX - h_BTX), axis=-1) <= eps * size_BT + tiny) & ~ends_BT
+        # A token is right if all before it, back to the last cut, follow from the ones before them to rounding, and
+        # are finite: each channel in its own size, as large ones would hide what small ones still lack.
+        size_BTX = jnp.abs(f_BTX) + _times(jnp.abs(J), jnp.abs(_before(h_BTX, cut_BT)))
+        settled_BTX = (jnp.abs(f_BTX - h_BTX) <= eps * size_BTX + tiny) & jnp.isfinite(size_BTX)
+        off_BT = ~jnp.all(settled_BTX, axis=-1) & ~ends_BT
         earlier_BT = jnp.cumsum(off_BT, axis=1) - off_BT
         right_BT = earlier_BT == lax.cummax(jnp.where(cut_BT, earlier_BT, 0), axis=1)
         # A right value that is not finite makes no guess: the tokens after it are beyond help.

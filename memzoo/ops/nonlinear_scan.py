@@ -57,7 +57,8 @@ def nonlinear_scan(
     impl: 'scan', 'newton' or 'auto', which is 'scan' on a CPU, where newton is 20 to 130 times slower, and elsewhere
     'newton' if T is long and blocks are small, with `scan` for the call that does not settle in 32 iterations.
     jacobian, blocks, max_iterations, guess_BTX: of 'newton' alone, see newton_scan.
-    `scan` is differentiable any number of times and in both modes; `newton` once, in reverse.
+    `scan` is differentiable any number of times and in both modes; `newton`, and so 'auto' where it takes it, once and
+    in reverse: where that is not enough, say 'scan'.
     Raises ValueError for arguments that do not fit, NotImplementedError for a form this op does not have.
     """
     check_impl("nonlinear_scan", impl, FORMS)

@@ -274,6 +274,43 @@ def test_a_state_that_is_not_finite_costs_its_own_sequence_and_no_iterations():
     assert iterations <= 8
 
 
+@pytest.mark.parametrize("jacobian", ["full", "diagonal"])
+def test_what_is_infinite_is_never_followed_by_numbers(jacobian):
+    """An infinite input, an infinite state, and a state that overflows: finite where `scan` is, and equal there."""
+    x_BTX, huge = np.ones((2, 6, 2), "float32"), np.float32(1e20)
+    x_BTX[0, 2] = np.inf
+    start_BX = np.array([[0, 0], [np.inf, 0]], "float32")
+    for step in (lambda h_X, x_X: 0.5 * h_X + x_X, lambda h_X, x_X: jax.nn.relu(huge * h_X + x_X)):
+        want_BTX, _ = ops.nonlinear_scan(step, start_BX, x_BTX, impl="scan")
+        for fallback in (False, True):
+            got_BTX, *_ = ops.newton_scan(step, start_BX, x_BTX, jacobian=jacobian, fallback=fallback)
+            there_BTX = np.isfinite(got_BTX)
+            assert not (there_BTX & ~np.isfinite(want_BTX)).any() and there_BTX[0, :2].any()
+            np.testing.assert_array_equal(np.asarray(got_BTX)[there_BTX], np.asarray(want_BTX)[there_BTX])
+
+
+@pytest.mark.parametrize("jacobian", ["full", "diagonal"])
+def test_small_channels_settle_beside_large_ones(jacobian):
+    """A channel of size 1e6 beside two that turn and squash; cotangents as far apart."""
+    turn = 1.2 * np.array([[np.cos(1), -np.sin(1)], [np.sin(1), np.cos(1)]], "float32")
+    x_BTX = np.random.default_rng(0).normal(size=(1, 100, 3)).astype("float32") * np.array([1e6, 1, 1], "float32")
+
+    def run(impl):
+        step = lambda w, h_X, x_X: jnp.append(0.5 * h_X[0] + x_X[0], jnp.tanh(w * turn @ h_X[1:] + x_X[1:]))
+
+        def loss(w):
+            h_BTX, _ = ops.nonlinear_scan(
+                partial(step, w), np.zeros((1, 3), "float32"), x_BTX, impl=impl, jacobian=jacobian
+            )
+            return jnp.sum(h_BTX * np.array([1e6, 1, 1], "float32") * np.float32(1e-3)), h_BTX
+
+        return jax.jit(jax.grad(loss, has_aux=True))(jnp.float32(1.0))
+
+    (got, got_BTX), (want, want_BTX) = run("newton"), run("scan")
+    np.testing.assert_allclose(got_BTX[..., 1:], want_BTX[..., 1:], atol=2e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
 def test_step_may_close_over_traced_values_of_any_dtype():
     """h_t = n w h_{t-1}, so h_3 = (n w)^3 h_0, whatever the order of jit, grad and vmap."""
     w_N, n_N = jnp.array([0.5, 2.0]), jnp.array([1, 3])
