@@ -149,12 +149,14 @@ def convert(config, corpus, teacher, theirs, name) -> list[dict[str, Any]]:
 
     evaluate = spread.compile_eval(held_out_loss)
     rows: list[dict[str, Any]] = []
+    last_good = lambda: f"the teacher's, in {config.out / 'teacher'}"
 
-    def report(stage, params, seconds):
+    def report(stage, params, steps, seconds):
         batches = language_model.padded(windows_MU, config.batch)
         total = sum(float(evaluate(params, spread.put_batch(batch))) for batch in batches)
         trained = sum(leaf.size for leaf in jax.tree.leaves(params["trained"])) if rows else 0
-        row = {"name": name, "stage": stage, "val_loss": total / windows_MU[:, 1:].size, "seconds": round(seconds, 1)}
+        val_loss = train.guard(steps, {"val_loss": total / windows_MU[:, 1:].size}, last_good)["val_loss"]
+        row = {"name": name, "stage": stage, "val_loss": val_loss, "seconds": round(seconds, 1)}
         rows.append(row | {"trained": trained, "parameters": describe(model).parameters})
         rows[-1]["state_bytes"] = describe(model).state_bytes
         print(f"{name} {stage}: held out {row['val_loss']:.3f} nats per byte")
@@ -169,19 +171,20 @@ def convert(config, corpus, teacher, theirs, name) -> list[dict[str, Any]]:
         step = spread.compile_step(train.make_step(loss, optimizer))
         batches = text.training_batches(corpus.train_N, config.window, config.batch, config.seed + 1)
         state = spread.put_state(train.create(params, optimizer, key))
-        ahead = None
+        ahead: dict[str, Any] = {}
         for n in (bar := tqdm(range(1, steps + 1), desc=f"{name}, {called}", unit="step")):
             state, metrics = step(state, spread.put_batch(next(batches)))
             if ahead:  # looked at one step late, so that the device never waits
-                values = train.guard(n - 1, ahead, lambda: f"the teacher's, in {config.out / 'teacher'}")
+                values = train.guard(n - 1, ahead, last_good)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             ahead = metrics
+        train.guard(steps, ahead, last_good)
         params = spread.one(state).params
-        report(called, params, time.perf_counter() - begin)
+        report(called, params, steps, time.perf_counter() - begin)
         return params
 
     params = {"frozen": theirs, "trained": {"new": new, "low": {}}}
-    report("trained" if model is teacher else "converted", params, 0.0)
+    report("trained" if model is teacher else "converted", params, 0, 0.0)
     if new:
         loss = lambda params, batch_BU, key: transfer_loss(teacher, model.make_mixer(name), params, batch_BU)
         params = stage("transferred", loss, params, config.transfer_steps, config.transfer_rate, keys[1])

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments import linearize
 from experiments.linearize import Config
+from memzoo import train
 from memzoo.models.backbone import LanguageModel
 from memzoo.tasks import text
 
@@ -116,6 +118,22 @@ def test_killed_in_the_second_student_and_resumed_a_run_gives_the_same_numbers(w
     assert converted == ["liger"]
     assert [row["val_loss"] for row in again] == [row["val_loss"] for row in rows]
     assert linearize.main(replace(config, resume=True)) == again and converted == ["liger"]
+
+
+def test_a_run_stops_at_what_is_not_finite(tmp_path, monkeypatch):
+    """A loss that is NaN in a stage's last step alone, and a held-out loss."""
+    corpus = text.corpus(None, TINY.window)
+    teacher, theirs = small("attention")
+    config = replace(TINY, out=tmp_path, transfer_steps=1, eval_windows=4)
+    nan = lambda teacher, mixer, params, batch_BU: np.nan * sum(map(jnp.sum, params["trained"]["new"].values()))
+    always = lambda loss: lambda model, params, batch_BU: jnp.full(batch_BU[:, 1:].shape, loss)
+    monkeypatch.setattr(linearize, "transfer_loss", nan)
+    monkeypatch.setattr(linearize.language_model, "nats", always(1.0))
+    with pytest.raises(train.NonFiniteError, match=r"step 1: .*loss is nan; the last good .* is the teacher's, in"):
+        linearize.convert(config, corpus, teacher, theirs, "lizard")
+    monkeypatch.setattr(linearize.language_model, "nats", always(np.nan))
+    with pytest.raises(train.NonFiniteError, match="step 0: val_loss is nan"):
+        linearize.convert(config, corpus, teacher, theirs, "liger")
 
 
 def test_bad_input_is_named(whole, tmp_path):
