@@ -61,7 +61,7 @@ def test_turns_are_exact_however_many(x64):
     theta = np.float32(np.random.default_rng(0).uniform(-7, 7, 50))
     with jax.enable_x64(x64):
         angles = jax.jit(lightning.angles)
-        phase = lambda n: np.exp(1j * np.float64(angles(theta, jnp.asarray(n))))
+        phase = lambda n: np.exp(1j * np.float64(angles(theta, np.asarray(n))))
         assert np.abs(phase(1) - np.exp(1j * np.float64(theta))).max() < 1e-6
         for m, n in ((1, 2), (1000, 1), (4000, 96), (10**8, 1), (10**8 - 1, 999)):
             assert np.abs(phase(m) * phase(n) - phase(m + n)).max() < 2e-6
