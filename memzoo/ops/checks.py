@@ -10,7 +10,7 @@ import numpy as np
 
 from memzoo.contract import nearest
 
-IMPLS = ("scan", "associative", "chunk", "conv", "newton", "pallas")
+IMPLS = ("scan", "sweep", "associative", "chunk", "conv", "newton", "pallas")
 
 
 def check_impl(op: str, impl: str, forms: tuple[str, ...]) -> None:

@@ -41,7 +41,8 @@ def linear_scan(
     a_BTX, x_BTX: real or complex. h_BX: the incoming state, zeros by default. The forms agree for |a| <= 1: above
     it, products of a, which `scan` alone does not form, may overflow where no state does, and inf times 0 is NaN.
     reset_BT: bool, where True the token begins a new sequence. impl: 'scan', 'sweep' (the same loop, four tokens a
-    turn, and its adjoint as another such loop), 'associative', 'chunk' or 'auto'.
+    turn, and its adjoint as another such loop: this op's alone, no mixer has it by name), 'associative', 'chunk' or
+    'auto', which on a CPU is 'sweep'.
     All forms are differentiable in a, x and h, any number of times; forward mode is `scan`'s alone.
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
     """

@@ -252,6 +252,8 @@ def test_bad_arguments_are_named(op):
         call(q, k, v, impl="chunks")
     with pytest.raises(NotImplementedError, match="no form 'newton'"):
         call(q, k, v, impl="newton")
+    with pytest.raises(NotImplementedError, match="no form 'sweep'"):  # which linear_scan has
+        call(q, k, v, impl="sweep")
     with pytest.raises(ValueError, match="chunk: expected an integer >= 1, got 0"):
         call(q, k, v, impl="chunk", chunk=0)
 
