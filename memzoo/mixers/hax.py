@@ -14,7 +14,10 @@ Attention" (2025), arXiv:2507.00449, on Dao, Gu, "Transformers are SSMs" (2024),
 ranking loss from the released code.
 Differs: means are those of the tokens so far and H is drawn once, from `seed`: the released code takes means over the
 whole sequence, later tokens included, and draws H at each call. The sum of queries is scaled to unit length at each
-token, where the released code scales each channel over time. Of equal scores the later one is better.
+token, where the released code scales each channel over time. Of equal scores the later one is better. Layers of the
+same `seed` have the same H, where the released ones have each their own: give each layer its `seed`. The ranking loss
+samples the same tokens in all rows and, without the random key "ranking", in every layer and at every step. It knows of
+no padding, which the released code masks: a reset at each token of padding makes texts of them that nothing compares.
 The state is that of Mamba-2 and all that A and B can ever need: of every bucket its last R keys with their values, the
 M selected ones, and the two means. So it is of one size, 2^bits R + M keys and values, and none is dropped for its age.
 
@@ -42,7 +45,7 @@ from memzoo.ops.initial import within
 FORMS = ("scan", "chunk")
 BLOCK = 64  # queries of a block
 FLOATS = 2**25  # of keys and values side by side, in the chunk form
-MOST = 2**30  # tokens that a mean knows of
+MOST = 2**24  # tokens that a mean knows of: float32 tells 1 - 1 / MOST from 1
 
 
 class Keys(NamedTuple):
@@ -158,9 +161,9 @@ class HAX(nn.Module):
         (H, P, N, G, L), (B, T, D) = self.sizes(), x_BTD.shape
         V, wide = H * P, contract.state_dtype(self.dtype)
         kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        gates: dict[str, Any] = {"dtype": wide, "param_dtype": self.param_dtype}
+        gates: dict[str, Any] = {"dtype": wide, "param_dtype": self.param_dtype, "precision": lax.Precision.HIGHEST}
 
-        # What decides on keys is not rounded: it would be in other buckets.
+        # What decides on keys is not rounded, by the accelerator's products either: it would be in other buckets.
         xBC_BTE = nn.Dense(V + 2 * G * N, use_bias=False, name="xBC", **gates)(x_BTD)
         f_WE = self.param("conv", within((L + 1) ** -0.5), (L + 1, xBC_BTE.shape[-1]), self.param_dtype)
         bias_E = self.param("conv_bias", within((L + 1) ** -0.5), xBC_BTE.shape[-1:], self.param_dtype)

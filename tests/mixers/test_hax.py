@@ -153,6 +153,34 @@ def test_signs_agree_as_angles_do():
         np.testing.assert_allclose(differ, angle / np.pi, atol=0.03)
 
 
+def products(jaxpr):
+    """All of a program's, those in its loops too: (where, precision)."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield str(eqn.source_info.name_stack).split("/")[-1], eqn.params["precision"]
+        inner = itertools.chain(*(value if isinstance(value, tuple) else [value] for value in eqn.params.values()))
+        yield from itertools.chain(*(products(value) for value in inner if hasattr(value, "eqns")))
+
+
+def test_no_product_that_decides_on_keys_may_be_rounded():
+    """An accelerator rounds the operands of a product unless it is told not to: forms would be in other buckets."""
+    mixer, params, x = setup(impl="scan")
+    found = list(products(jax.make_jaxpr(mixer.apply)(params, x).jaxpr))
+    exact = {where for where, precision in found if precision == (jax.lax.Precision.HIGHEST,) * 2}
+    assert exact >= {"xBC", "kq", "score_0", "score_1", "score_2"}
+    assert {where for where, precision in found if precision != (jax.lax.Precision.HIGHEST,) * 2} == {"gate", "out"}
+
+
+@pytest.mark.parametrize("impl", ["scan", "chunk"])
+def test_a_mean_of_very_many_tokens_still_forgets_and_does_not_grow(impl):
+    x = np.stack([np.zeros((1, 5)), np.ones((1, 5))], axis=-1).astype(np.float32)
+    seen = hax.counts(np.full(1, hax.MOST, np.int32), None, 5)
+    mean, last = hax.means(x, seen, np.ones((1, 2), np.float32), None, impl)
+    assert (np.diff(mean[0, :, 0]) < 0).all() and mean[0, 0, 0] < 1
+    np.testing.assert_array_equal(mean[0, :, 1], 1)
+    assert (np.asarray(seen) == hax.MOST).all() and (last == mean[:, -1]).all()
+
+
 def test_the_hash_is_fixed_by_the_seed():
     z = np.random.default_rng(4).normal(size=(1, 50, N)).astype(np.float32)
     same, again, other = (np.asarray(memzoo.make("hax", width=D, seed=i, **FIELDS).bucket(z)) for i in (0, 0, 1))
