@@ -8,8 +8,10 @@ that neither the key nor the context says anything alone, and the whole table ha
 
 Source: Zhan, Zhao, Zhu, Tang, "Overcoming Long-Context Limitations of State-Space Models via Context-Dependent Sparse
 Attention" (2025), arXiv:2507.00449, sec. 3; sizes and order of tokens from the released code.
-Differs: sizes are drawn for each sequence, not enumerated, and no sequence is ever seen twice: the released set has
-10,000 for each pair of sizes from 5 to 16. Tokens are numbered without gaps.
+Differs: sizes are drawn for each sequence, not enumerated, and sequences are drawn independently, without an end: the
+released set has 10,000 for each pair of sizes from 5 to 16, and refuses one that it has. Of the default sizes the same
+sequence practically never comes twice, nor in training and evaluation; of tables of a few cells it does. Tokens are
+numbered without gaps.
 
 Dims: B batch, U tokens, T = U - 1, N contexts, K keys, V values.
 """
@@ -20,6 +22,8 @@ from typing import NamedTuple
 import grain
 import jax
 import numpy as np
+
+from memzoo.contract import positive, whole_number
 
 PAD, BEGIN, ASK, SPECIAL = 0, 1, 2, 3
 
@@ -35,7 +39,7 @@ class Recall(NamedTuple):
 class JointRecall:
     """The sizes of the tables: the smallest and the largest, both included, one of them drawn for each sequence.
 
-    Raises ValueError, by name, for sizes below 1 and for ranges that are empty.
+    Raises ValueError, by name, for sizes that are no integers >= 1 and for ranges that are empty.
     """
 
     contexts: tuple[int, int] = (5, 16)
@@ -44,11 +48,10 @@ class JointRecall:
 
     def __post_init__(self):
         for name in ("contexts", "keys"):
-            low, high = getattr(self, name)
+            low, high = pair_of_integers(name, getattr(self, name), "smallest, largest")
             if not 1 <= low <= high:
                 raise ValueError(f"{name}: expected 1 <= smallest <= largest, got {low}, {high}")
-        if self.values < 1:
-            raise ValueError(f"values: expected an integer >= 1, got {self.values}")
+        positive(values=self.values)
 
     @property
     def vocab(self) -> int:
@@ -85,12 +88,18 @@ class JointRecall:
         return rows
 
 
+def pair_of_integers(name, value, of):
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(map(whole_number, value)):
+        raise ValueError(f"{name}: expected two integers, {of}, got {value!r}")
+    return value
+
+
 class Source:
     """Sequences by number, as a source of random access for grain: each a function of the seed, split and number."""
 
     def __init__(self, task: JointRecall, seed: int, held_out: bool = False):
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed: expected an integer in 0 ... 2**32 - 1, got {seed}")
+        if not whole_number(seed) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed: expected an integer in 0 ... 2**32 - 1, got {seed!r}")
         self.task, self.seed, self.held_out = task, seed, held_out
 
     def __len__(self) -> int:
@@ -105,16 +114,23 @@ def training_batches(
 ) -> grain.DatasetIterator:
     """An endless iterator of Recall, [B, U] and [B, T], whose position `get_state` and `set_state` read and set.
 
-    shard: (index, count), this process's part; by default jax's process index and count. Two shards share no sequence.
+    shard: (index, count), this process's part; by default jax's process index and count. Sequences are numbered, and
+    no two shards share a number. Raises ValueError, by name, for a batch, seed or shard that does not fit.
     """
-    index, count = shard if shard is not None else (jax.process_index(), jax.process_count())
+    positive(batch=batch)
+    if shard is None:
+        shard = jax.process_index(), jax.process_count()
+    index, count = pair_of_integers("shard", shard, "index, count")
+    if not 0 <= index < count:
+        raise ValueError(f"shard: expected 0 <= index < count, got {index}, {count}")
     sequences = grain.MapDataset.source(Source(task, seed))[index::count]
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(sequences.batch(batch).to_iter_dataset(ahead))
 
 
 def evaluation(task: JointRecall, rows: int, seed: int) -> Recall:
-    """[rows, U] and [rows, T]: sequences drawn apart from those of training."""
+    """[rows, U] and [rows, T]: sequences drawn independently of those of training."""
+    positive(rows=rows)
     source = Source(task, seed, held_out=True)
     drawn = [source[number] for number in range(rows)]
     return Recall(*(np.stack(parts) for parts in zip(*drawn, strict=True)))

@@ -12,9 +12,12 @@ recurrent language models" (2024), arXiv:2407.05483; rates, order of tokens and 
 Dims: N tokens of a context, M of a question, K of an answer, U = N + M + ... + K, T = U - 1.
 """
 
+import numbers
 from typing import NamedTuple
 
 import numpy as np
+
+from memzoo.contract import positive, whole_number
 
 SEPARATE, ASK, SPECIAL = 0, 1, 2
 
@@ -46,8 +49,7 @@ def repeated(prompt: Prompt, times: int = 2, question_each: bool = True) -> Aske
 
     times = 1 is the plain prompt. Raises ValueError, by name, for times < 1 and for an answer without a token.
     """
-    if times < 1:
-        raise ValueError(f"times: expected an integer >= 1, got {times}")
+    positive(times=times)
     if not len(prompt.answer_K):
         raise ValueError("answer_K: expected at least one token, got none")
     once = [prompt.context_N, prompt.question_M] if question_each else [prompt.context_N]
@@ -60,14 +62,15 @@ def masked_prefix(tokens_U: np.ndarray, prefix: int, mask: int, rng: np.random.G
     """What JRT-RNN is trained on: each token of the prefix is masked at `rate` and to be filled in where it stands.
 
     After the prefix the next token is predicted, as ever; inside it nothing is, as it sees what comes next. The paper's
-    loss is the mean over `next` plus 1/4 of that over `filled`.
+    loss is the mean over `next` plus 1/4 of that over `filled`. The prefix of a mixer that looks ahead (jrt) has to be
+    this one: in a longer one, tokens would see those that they are to predict.
     Raises ValueError, by name, for a prefix that leaves no token to predict, and for a rate outside of 0 ... 1.
     """
     T = len(tokens_U) - 1
-    if not 0 <= prefix < T:
-        raise ValueError(f"prefix: expected 0 <= prefix < {T}, the tokens that are read, got {prefix}")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate: expected a number in 0 ... 1, got {rate}")
+    if not whole_number(prefix) or not 0 <= prefix < T:
+        raise ValueError(f"prefix: expected an integer, 0 <= prefix < {T}, the tokens that are read, got {prefix!r}")
+    if not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
+        raise ValueError(f"rate: expected a number in 0 ... 1, got {rate!r}")
     next_T = np.arange(T) >= prefix
     filled_T = ~next_T & (rng.random(T) < rate)
     inputs_T, targets_T = np.where(filled_T, mask, tokens_U[:-1]), np.where(next_T, tokens_U[1:], tokens_U[:-1])
@@ -82,9 +85,7 @@ def disjoint_sets(
     Elements are SPECIAL and up. With the short set first its few tokens suffice to know the answer when it comes.
     Raises ValueError, by name, for sets that are empty or need more elements than there are.
     """
-    for name, size in (("short", short), ("long", long)):
-        if size < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {size}")
+    positive(short=short, long=long, elements=elements)
     if elements < short + long - 1:
         raise ValueError(f"elements: expected at least {short + long - 1}, got {elements}")
     drawn = SPECIAL + rng.permutation(elements)[: short + long - 1]

@@ -120,10 +120,36 @@ def test_processes_share_no_sequence_and_a_saved_position_continues():
         ({"contexts": (0, 3)}, "contexts: expected 1 <= smallest <= largest, got 0, 3"),
         ({"keys": (4, 3)}, "keys: expected 1 <= smallest <= largest, got 4, 3"),
         ({"values": 0}, "values: expected an integer >= 1, got 0"),
+        ({"values": 2.0}, "values: expected an integer >= 1, got 2.0"),
+        ({"contexts": (2.5, 3)}, r"contexts: expected two integers, smallest, largest, got \(2.5, 3\)"),
+        ({"keys": 5}, "keys: expected two integers, smallest, largest, got 5"),
     ],
 )
 def test_sizes_that_are_none_are_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         JointRecall(**fields)
-    with pytest.raises(ValueError, match=r"seed: expected an integer in .*got -1"):
-        joint_recall.training_batches(SMALL, 2, seed=-1)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"seed": -1}, r"seed: expected an integer in .*got -1"),
+        ({"seed": 1.5}, r"seed: expected an integer in .*got 1.5"),
+        ({"batch": 0}, "batch: expected an integer >= 1, got 0"),
+        ({"shard": (3, 2)}, "shard: expected 0 <= index < count, got 3, 2"),
+        ({"shard": (-1, 2)}, "shard: expected 0 <= index < count, got -1, 2"),
+        ({"shard": (0, 1.0)}, r"shard: expected two integers, index, count, got \(0, 1.0\)"),
+        ({"shard": 3}, "shard: expected two integers, index, count, got 3"),
+    ],
+)
+def test_batches_that_are_none_are_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        joint_recall.training_batches(SMALL, **{"batch": 2, "seed": 0, **arguments})
+    with pytest.raises(ValueError, match="rows: expected an integer >= 1, got 0"):
+        joint_recall.evaluation(SMALL, rows=0, seed=0)
+
+
+def test_draws_are_independent_so_that_tables_of_a_few_cells_come_again():
+    task = JointRecall(contexts=(1, 1), keys=(1, 1), values=2)
+    rows = next(joint_recall.training_batches(task, 40, seed=0)).tokens_U
+    assert len({row.tobytes() for row in rows}) == 2

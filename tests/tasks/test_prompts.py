@@ -74,8 +74,16 @@ def test_what_does_not_fit_is_named():
         prompts.repeated(PROMPT, 0)
     with pytest.raises(ValueError, match="answer_K: expected at least one token, got none"):
         prompts.repeated(PROMPT._replace(answer_K=np.array([], int)))
-    with pytest.raises(ValueError, match=r"prefix: expected 0 <= prefix < 8, .* got 8"):
+    with pytest.raises(ValueError, match=r"prefix: expected an integer, 0 <= prefix < 8, .* got 8"):
         prompts.masked_prefix(np.arange(9), 8, 0, rng)
+    with pytest.raises(ValueError, match=r"prefix: expected an integer, 0 <= prefix < 8, .* got 2.5"):
+        prompts.masked_prefix(np.arange(9), 2.5, 0, rng)
+    with pytest.raises(ValueError, match=r"times: expected an integer >= 1, got 1.5"):
+        prompts.repeated(PROMPT, 1.5)
+    with pytest.raises(ValueError, match=r"long: expected an integer >= 1, got 8.0"):
+        prompts.disjoint_sets(rng, long=8.0)
+    with pytest.raises(ValueError, match=r"elements: expected an integer >= 1, got 32.5"):
+        prompts.disjoint_sets(rng, elements=32.5)
     with pytest.raises(ValueError, match=r"rate: expected a number in 0 \.\.\. 1, got 1.5"):
         prompts.masked_prefix(np.arange(9), 3, 0, rng, 1.5)
     with pytest.raises(ValueError, match="elements: expected at least 11, got 10"):
