@@ -85,11 +85,13 @@ def positive(**fields: int) -> None:
 
 
 def check_numbers(mixer: Any) -> None:
-    """Raises ValueError for a field that is a float by default, and is not a finite number."""
+    """Raises ValueError for a field that is a float by default, and is not a finite number; and so for bools."""
     for field in dataclasses.fields(mixer):
         value = getattr(mixer, field.name)
         if isinstance(field.default, float) and (not isinstance(value, numbers.Real) or not math.isfinite(value)):
             raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
+        if isinstance(field.default, bool) and not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{field.name}: expected True or False, got {value!r}")
 
 
 def whole_number(value: Any) -> bool:

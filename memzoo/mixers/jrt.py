@@ -13,7 +13,10 @@ code (HazyResearch/prefix-linear-attention).
 Differs: `look_ahead` is off unless asked for, so that this is causal, and a loss on every token means what it says: the
 paper's is on tokens after the prefix, and on masked ones in it. Either way the layer's state after the prefix is the
 same, and so is what it makes of later tokens. A prefix token looks ahead as far as its call and its text go: the prefix
-should come in one call. One shorter than M is ended by n_B = M. Without a prefix this is Based.
+should come in one call. One shorter than M is ended by n_B = M, between calls alone; rows may differ, and a state with
+n_B = M - m ends each row's after its own m tokens, within a call too. In one call without that all texts have a prefix
+of M tokens: where the real one is shorter, `look_ahead` shows tokens of the answer the later ones that they are to
+predict. So for training, `prefix` is that of `memzoo.tasks.prompts.masked_prefix`. Without a prefix this is Based.
 
 Dims: B batch, T time, D width, H heads, K key, V value, E features of a key, M tokens of the prefix.
 """

@@ -1,6 +1,6 @@
-"""SpikingBrain's layer: gated linear attention, a softmax window beside it, and projections that see spikes alone.
+"""SpikingBrain's layer: gated linear attention, a softmax window beside it, and projections of spikes.
 
-    c = round(x / h)        h = mean |x| / f           each projection takes h c for x, with the gradient of x
+    c = round(x / h)        h = mean |x| / f           each projection of x takes h c, with the gradient of x
     S_t = diag(a_t) S_{t-1} + relu(k_t) v_t'           a_t = sigmoid(W2 W1 x_t + b)^(1 / tau)
     y_t = W (norm(S_t' relu(q_t) / sqrt(K)) + norm(softmax(q~_t' K~_t / sqrt(K)) V~_t))
 
@@ -13,7 +13,10 @@ and 22, and the released code of its 7B model (BICLab/SpikingBrain-7B): biases, 
 16 and f = 3.
 Differs: the 7B model has windows of 4,096 tokens in every other layer, in place of the memory; both in one layer, as
 here, is its 76B model, whose gates are 1 - k, whose q and k are sigmoids, and which has 128 learned sink tokens. The
-weights w of eq. 6 are those of the two norms. Weights and window are not quantised.
+weights w of eq. 6 are those of the two norms. Weights and window are not quantised. The straight-through gradient is
+ours: the released code spikes after training alone. Its gate is then one matrix; here it is two, of which the second
+sees numbers. Spikes make steps, where bfloat16 may round to another count: at width 32 outputs differ from those of
+float32 by 7% in the root mean square, without spikes by 0.6%.
 
 Dims: B batch, T time, D width, H heads, G key heads, R = H / G queries per key head, K key and V value (both head_dim),
       W window, X any one axis of channels.

@@ -25,7 +25,7 @@ def setup(**fields):
     return mixer, params, rng.normal(size=(B, T, D)).astype(np.float32), reset
 
 
-def reference(params, x, reset, look_ahead):
+def reference(params, x, reset, look_ahead, prefix=M):
     """Query by query, by weights 1 + s + s^2 / 2 and no feature map."""
     p = {name: np.float64(leaf["kernel"]) for name, leaf in params["params"].items()}
     q, k, v, prefix_k, prefix_v = (
@@ -38,7 +38,7 @@ def reference(params, x, reset, look_ahead):
             start = i if reset[b, i] else start
             later = np.flatnonzero(reset[b, i + 1 :])
             end = i + 1 + later[0] if later.size else T
-            sees = range(start, min(start + M, end if look_ahead and i < start + M else i + 1))
+            sees = range(start, min(start + prefix, end if look_ahead and i < start + prefix else i + 1))
             seen = [(k[b, j], v[b, j]) for j in range(start, i + 1)] + [(prefix_k[b, j], prefix_v[b, j]) for j in sees]
             scores = np.stack([(q[b, i] * key).sum(-1) for key, _ in seen]) / np.sqrt(K)
             weights = 1 + scores + scores**2 / 2
@@ -125,6 +125,14 @@ def test_a_prefix_that_ends_early():
     np.testing.assert_allclose(last.S_BHEV, want_last.S_BHEV, atol=1e-4)
 
 
+def test_each_row_may_have_a_prefix_of_its_own():
+    """With n_B = M - m to begin with, nothing of a row's answer is seen before its time: here of m = 3 and M."""
+    mixer, params, x, _ = setup(look_ahead=True)
+    y, _ = jax.jit(mixer.apply)(params, x, mixer.initial_state(B)._replace(n_B=np.array([M - 3, 0], np.int32)))
+    want = [reference(params, x, np.zeros((B, T), bool), look_ahead=True, prefix=prefix) for prefix in (3, M)]
+    np.testing.assert_allclose(y, [want[0][0], want[1][1]], atol=1e-5)
+
+
 def test_the_state_is_that_of_based():
     ours, based = (memzoo.make(name, width=256).initial_state(1) for name in ("jrt", "based"))
     assert (ours.S_BHEV.shape, ours.z_BHE.shape) == (based.S_BHEV.shape, based.z_BHE.shape)
@@ -145,6 +153,7 @@ def test_initial_scores_are_of_unit_size():
     "fields, says",
     [
         ({"prefix": -1}, r"prefix: expected an integer in 0 \.\.\. 2\*\*30 - 1, got -1"),
+        ({"look_ahead": "no"}, "look_ahead: expected True or False, got 'no'"),
         ({"feature_dim": 0}, "feature_dim: expected an integer >= 1, got 0"),
         ({"value_dim": 0}, "value_dim: expected an integer >= 1, got 0"),
         ({"heads": 5}, "width: expected a positive multiple of heads = 5, got 12"),
