@@ -15,6 +15,7 @@ Dims: B batch, T time, G key heads, R queries per key head, K key and V value, E
       X any number of tokens.
 """
 
+import numbers
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memzoo.contract import positive
+from memzoo.contract import positive, whole_number
 from memzoo.ops.checks import check_impl, check_shapes
 from memzoo.ops.chunks import matmul
 from memzoo.ops.recur import recur, widen
@@ -101,14 +102,23 @@ def window_attention(
     cache: of sinks + window slots. fresh: it is empty, so that the chunk form may leave it out.
     rope_base: of the rotary places; None is no places. empty_U: logits of tokens that all see, whose values are 0.
     impl: 'scan', 'chunk' or 'auto'. chunk: queries at a time in the chunk form, or the window if that is shorter.
-    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
+    Raises ValueError, by name, for shapes, dtypes or numbers that do not fit, NotImplementedError for a form this op
+    does not have.
     """
     positive(chunk=chunk)
     check_impl("window_attention", impl, FORMS)
     k_BGMK, v_BGMV, _ = cache
     sizes = check_shapes(q_BTGRK=q_BTGRK, k_BTGK=k_BTGK, v_BTGV=v_BTGV, k_BGMK=k_BGMK, v_BGMV=v_BGMV, reset_BT=reset_BT)
     T, M, K, wide = sizes["T"], sizes["M"], sizes["K"], k_BGMK.dtype
+    if not whole_number(sinks) or sinks < 0:
+        raise ValueError(f"sinks: expected an integer >= 0, got {sinks!r}")
     positive(window=M - sinks)
+    if rope_base is not None and not (isinstance(rope_base, numbers.Real) and 0 < rope_base < np.inf):
+        raise ValueError(f"rope_base: expected a finite number > 0, or None, got {rope_base!r}")
+    if rope_base is not None and K % 2:
+        raise ValueError(f"q_BTGRK: expected an even K, to rotate pairs by rope_base, got {list(q_BTGRK.shape)}")
+    if jnp.asarray(empty_U).ndim != 1:
+        raise ValueError(f"empty_U: expected one axis of logits, got shape {list(jnp.asarray(empty_U).shape)}")
     if impl == "scan" or (impl == "auto" and T == 1):
         axes = Cache._make((0, 0, None))  # the key heads share a position
         one = partial(step, turn_MK=turns(M, K, rope_base, wide), S=sinks, empty_U=empty_U)

@@ -9,7 +9,7 @@ from memzoo.ops import rotary
 turn = jax.jit(rotary.turn, static_argnums=2)
 
 
-@pytest.mark.parametrize("base", [10_000.0, 1e6])
+@pytest.mark.parametrize("base", [10_000.0, 1e6, 0.01])
 def test_pairs_are_turned_by_the_frequencies_of_the_paper(base):
     B, T, H, K = 2, 9, 3, 8
     x = np.random.default_rng(0).normal(size=(B, T, H, K)).astype(np.float32)
@@ -33,6 +33,12 @@ def test_places_begin_again_at_a_reset():
     reset_BT = np.array([[0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0]], bool)
     n_BT = jax.jit(rotary.places, static_argnums=1)(np.array([5, 9], np.int32), 6, reset_BT)
     assert n_BT.tolist() == [[5, 6, 0, 1, 2, 0], [9, 10, 11, 12, 13, 14]]
+
+
+@pytest.mark.parametrize("base", [0, -2.0, float("inf"), float("nan"), "10"])
+def test_a_base_that_is_none_is_refused(base):
+    with pytest.raises(ValueError, match="base: expected a finite number > 0, got "):
+        rotary.turn(np.ones((1, 1, 1, 4), np.float32), np.zeros((1, 1), np.int32), base)
 
 
 def test_an_odd_number_of_channels_is_refused():

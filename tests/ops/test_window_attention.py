@@ -71,5 +71,16 @@ def test_what_does_not_fit():
         run("chunk", cache)(q, k[:, :, :1], v, ())
     with pytest.raises(ValueError, match="window: expected an integer >= 1, got 0"):
         run("chunk", cache, sinks=W)(q, k, v, ())
+    for sinks in (-1, 0.5):
+        with pytest.raises(ValueError, match=f"sinks: expected an integer >= 0, got {sinks}"):
+            run("chunk", cache, sinks=sinks)(q, k, v, ())
+    for base in (-2, 0.0, float("inf"), "10"):
+        with pytest.raises(ValueError, match=f"rope_base: expected a finite number > 0, or None, got {base!r}"):
+            run("scan", cache, rope_base=base)(q, k, v, ())
+    with pytest.raises(ValueError, match=r"empty_U: expected one axis of logits, got shape \[\]"):
+        run("scan", cache)(q, k, v, 0.5)
+    odd = q[..., :3], k[..., :3], v
+    with pytest.raises(ValueError, match=r"q_BTGRK: expected an even K, .* got \[2, 23, 2, 3, 3\]"):
+        run("chunk", empty_cache(B, G, W, 3, V, np.float32), rope_base=10.0)(*odd, ())
     with pytest.raises(NotImplementedError, match="window_attention has no form 'associative'"):
         run("associative", cache)(q, k, v, ())
