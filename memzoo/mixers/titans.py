@@ -3,18 +3,21 @@
     l_t = |M(W_{t'}; k_t) - v_t|^2 / 2                    t' the last token before the chunk
     S_t = eta_t S_{t-1} - theta_t dl_t / dW_{t'}          what surprises, and what has surprised
     W_t = (1 - alpha_t) W_{t-1} + S_t       y_t = M(W_t; q_t)
-    eta_t, alpha_t = sigmoid(w x_t + b)     theta_t = step sigmoid(w x_t + b), a number each for each head
+    eta_t, alpha_t = sigmoid(w x_t + b)     theta_t = step (1 - eta_t) sigmoid(w x_t + b), each a number for each head
 
 Source: Behrouz, Zhong, Mirrokni, "Titans: Learning to Memorize at Test Time" (2025), arXiv:2501.00663, sec. 3.1 for the
 equations, 3.2 for chunks, 3.3 for persistent memory, 4.4 for convolutions, norms and the output gate.
-Differs: half the square, whose factor is theta's; theta is bounded by `step`, for the gradients of a chunk add up where
-its keys are alike, and above 2 / chunk they overshoot; heads; the memory reads the persistent tokens before all else,
-and what is left of that is the weights that it begins with: their momentum and their convolution end there.
+Differs: half the square, whose factor is theta's; theta has a bound, since the gradients of a chunk, and what momentum
+keeps of them, add up where keys are alike, and overshoot without end if theta / (1 - eta) is much above 1 / chunk;
+heads; the memory reads the persistent tokens before all else, and what is left of that is the weights that it begins
+with: their momentum and their convolution end there.
 
 Dims: B batch, T time, D width, H heads, K key, V value, F hidden, N persistent tokens, E = H (2 K + V), W width of the
 convolution, P = W - 1 past tokens, O and I outputs and inputs of a matrix.
 """
 
+import math
+import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,7 +59,7 @@ class Titans(nn.Module):
     hidden: int | None = None  # between them, of a head; 2 key_dim
     persistent: int = 4  # tokens
     chunk: int = 16  # tokens whose gradients are taken at the same weights
-    step: float | None = None  # what theta stays below; 1 / chunk
+    step: float | None = None  # what theta / (1 - eta) stays below; 1 / chunk
     conv_width: int = 4
     impl: str = "auto"  # 'scan', 'chunk'
     dtype: Any = jnp.float32
@@ -73,8 +76,8 @@ class Titans(nn.Module):
         contract.positive(depth=self.depth, chunk=self.chunk, conv_width=self.conv_width)
         if not contract.whole_number(self.persistent) or self.persistent < 0:
             raise ValueError(f"persistent: expected an integer >= 0, got {self.persistent!r}")
-        if self.step is not None and not self.step > 0:
-            raise ValueError(f"step: expected None or a number > 0, got {self.step!r}")
+        if self.step is not None and not (isinstance(self.step, numbers.Real) and 0 < self.step < math.inf):
+            raise ValueError(f"step: expected None or a finite number > 0, got {self.step!r}")
         return self.heads, K, V, F, self.conv_width - 1
 
     def shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -111,12 +114,8 @@ class Titans(nn.Module):
             qkv_BTHE = nn.silu(qkv_BTE).reshape(*x_BTD.shape[:2], H, 2 * K + V)
             q_BTHK, k_BTHK, v_BTHV = jnp.split(qkv_BTHE, [K, 2 * K], axis=-1)
             theta_BTH, eta_BTH, alpha_BTH = jnp.split(nn.sigmoid(gate(x_BTD)), 3, axis=-1)
-            return (
-                ops.unit(q_BTHK),
-                ops.unit(k_BTHK),
-                v_BTHV,
-                ops.Gates(step * theta_BTH, eta_BTH, alpha_BTH),
-            ), past_BPE
+            gates = ops.Gates(step * (1 - eta_BTH) * theta_BTH, eta_BTH, alpha_BTH)
+            return (ops.unit(q_BTHK), ops.unit(k_BTHK), v_BTHV, gates), past_BPE
 
         if self.persistent:
             p_ND = self.param("persistent", nn.initializers.normal(1.0), (self.persistent, D), self.param_dtype)

@@ -138,13 +138,14 @@ def memorize(
     contract.check_state(state, jax.eval_shape(fresh))
     if rule.window == 1:  # from here on no tokens, rather than nothing
         state = state._replace(k_BPHK=xs[1][:, :0], v_BPHV=xs[2][:, :0], gamma_BPH=xs[3][:, :0])
-    if impl == "scan" or (impl == "auto" and (T == 1 or chunk == 1)):
-        one = partial(step, memory, objective, rule, chunk)
-        with jax.default_matmul_precision("highest"):
+    _check_memory(memory, A, fixed, xs[1])
+    with jax.default_matmul_precision("highest"):  # of what is descended: rounding there is learned, too
+        if impl == "scan" or (impl == "auto" and (T == 1 or chunk == 1)):
+            one = partial(step, memory, objective, rule, chunk)
             y_BTHV, state = _fold(one, A, fixed, state, xs, reset_BT)
-    else:
-        one = partial(_chunk, memory, objective, rule)
-        y_BTHV, state = _chunks(one, A, fixed, state, xs, reset_BT, chunk, aligned)
+        else:
+            one = partial(_chunk, memory, objective, rule)
+            y_BTHV, state = _chunks(one, A, fixed, state, xs, reset_BT, chunk, aligned)
     if rule.window == 1:
         state = state._replace(k_BPHK=(), v_BPHV=(), gamma_BPH=())
     return y_BTHV.astype(v_BTHV.dtype), state
@@ -154,8 +155,7 @@ def step(memory, objective, rule, chunk, A0, fixed, state, q_K, k_K, v_V, theta,
     """One token of one head: (state, y_V). This is the definition."""
     A, S, anchor = _add(A0, state.A), state.S, _add(A0, state.anchor)
     anchor = jax.tree.map(lambda now, before: jnp.where(state.place_B == 0, now, before), A, anchor or A)
-    k_PK = jnp.concatenate([state.k_BPHK, k_K[None]])
-    v_PV = jnp.concatenate([state.v_BPHV, v_V[None]])
+    k_PK, v_PV = _seen(state, k_K[None], v_V[None])
     gamma_P = jnp.append(state.gamma_BPH, gamma)
 
     def loss(W):
@@ -170,6 +170,31 @@ def step(memory, objective, rule, chunk, A0, fixed, state, q_K, k_K, v_V, theta,
     place = (state.place_B + 1) % chunk
     past = k_PK[1:], v_PV[1:], gamma_P[1:]
     return MemoryState(less(A), S if state.S else {}, less(anchor) if state.anchor else {}, *past, place), y_V
+
+
+def _seen(state, k_CK, v_CV):
+    """The window's tokens and these. Where none has been there is the first of these, as 0 may have no gradient."""
+    been_P1 = state.gamma_BPH[:, None] != 0
+    past = jnp.where(been_P1, state.k_BPHK, k_CK[:1]), jnp.where(been_P1, state.v_BPHV, v_CV[:1])
+    return jnp.concatenate([past[0], k_CK]), jnp.concatenate([past[1], v_CV])
+
+
+def _check_memory(memory, A, fixed, k_BTHK):
+    used: list[str] = []
+
+    def read(W, x_1K, fixed):
+        def apply(name, x_1I):
+            used.append(name)
+            if name not in W:
+                raise ValueError(f"memory: expected a matrix of A, one of {sorted(W)}, got {name!r}")
+            return dense(W)(name, x_1I)
+
+        return memory(apply, x_1K, fixed)
+
+    one = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    jax.eval_shape(read, one(A), k_BTHK[0, :1, 0], one(fixed))
+    if sorted(used) != sorted(A):
+        raise ValueError(f"memory: expected one use of each matrix of A, {sorted(A)}, got {sorted(used)}")
 
 
 def _read(memory, W, x_K, fixed):
@@ -213,8 +238,8 @@ def _chunks(one, A0, fixed, state, xs, reset_BT, C, aligned):
     N = -(-T // C)
     reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
 
-    def blocks(x):
-        x = jnp.pad(x, ((0, 0), (0, N * C - T), *[(0, 0)] * (x.ndim - 2)))
+    def blocks(x):  # filled up with the last token, as 0 may have no gradient; it is not `there`
+        x = jnp.pad(x, ((0, 0), (0, N * C - T), *[(0, 0)] * (x.ndim - 2)), "constant" if x.dtype == bool else "edge")
         return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
 
     def rows(several):
@@ -246,7 +271,7 @@ def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV,
     theta_C, eta_C, alpha_C, rate_C, gamma_C = gates
     C, P = len(theta_C), len(state.gamma_BPH)
     c, count = jnp.arange(C), jnp.sum(there_C)
-    k_EK, v_EV = jnp.concatenate([state.k_BPHK, k_CK]), jnp.concatenate([state.v_BPHV, v_CV])
+    k_EK, v_EV = _seen(state, k_CK, v_CV)
     gamma_E = jnp.concatenate([state.gamma_BPH, gamma_C])
     if several:
         sequence_C = jnp.cumsum(reset_C)
@@ -283,8 +308,6 @@ def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV,
 
         def loss(taps):
             def apply(name, x_EI):
-                if name in taken:
-                    raise ValueError(f"memory: expected one use of matrix {name!r}, got two")
                 taken[name] = x_EI
                 return x_EI @ W[name].T + taps[name]
 

@@ -41,7 +41,7 @@ def written_out(p, x_BTD, step):
         W_VK, S_VK = np.float64(p["memory_0"][h]), np.zeros((V, K))
         for t in range(T):
             error_V = W_VK @ k[b, t, h] - v[b, t, h]
-            S_VK = eta[b, t, h] * S_VK - step * theta[b, t, h] * np.outer(error_V, k[b, t, h])
+            S_VK = eta[b, t, h] * S_VK - step * (1 - eta[b, t, h]) * theta[b, t, h] * np.outer(error_V, k[b, t, h])
             W_VK = (1 - alpha[b, t, h]) * W_VK + S_VK
             y_BTHV[b, t, h] = W_VK @ q[b, t, h]
     gate_BTHV = np.einsum("btd,dhv->bthv", x_BTD, p["gate"]["kernel"])
@@ -71,6 +71,22 @@ def test_persistent_tokens_are_read_before_all_else():
     assert np.abs(y_BTD - jax.jit(without.apply)({"params": p}, x_BTD)[0]).max() > 1e-3
 
 
+def test_one_token_again_and_again_does_not_blow_up():
+    """Whatever the momentum: gradients that are a chunk old all point the same way, and add up."""
+    mixer = make(chunk=8)
+    p = jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 1, D)))
+    x_1TD = np.repeat(np.random.default_rng(3).normal(size=(1, 1, D)), 2048, axis=1).astype("float32")
+    run = jax.jit(lambda eta: mixer.apply(with_momentum(p, eta), x_1TD)[1].memory.A)
+    for eta in (0.5, 0.9, 0.99):
+        assert all(np.abs(A).max() < 10 for A in run(eta).values())
+
+
+def with_momentum(p, eta):
+    gates = p["params"]["gates"]
+    bias = gates["bias"].at[:H].set(9.0).at[H : 2 * H].set(jnp.log(eta / (1 - eta)))  # theta as large as it gets
+    return {"params": p["params"] | {"gates": gates | {"bias": bias}}}
+
+
 def test_begins_with_half_its_momentum_and_forgets_a_hundredth():
     theta_H, eta_H, alpha_H = np.split(sigmoid(np.float64(bias(None, (3 * H,)))), 3)
     np.testing.assert_allclose([theta_H, eta_H, alpha_H], np.array([[0.5], [0.5], [0.01]]) * np.ones(H), rtol=1e-6)
@@ -86,7 +102,9 @@ def test_bad_fields_are_named():
         "depth: expected an integer >= 1, got 0": {"width": 8, "depth": 0},
         "chunk: expected an integer >= 1, got 0": {"width": 8, "chunk": 0},
         "persistent: expected an integer >= 0, got -1": {"width": 8, "persistent": -1},
-        "step: expected None or a number > 0, got 0": {"width": 8, "step": 0},
+        "step: expected None or a finite number > 0, got 0": {"width": 8, "step": 0},
+        "step: expected None or a finite number > 0, got inf": {"width": 8, "step": np.inf},
+        "step: expected None or a finite number > 0, got 'a'": {"width": 8, "step": "a"},
     }.items():
         with pytest.raises(ValueError, match=match):
             memzoo.make("titans", **fields).initial_state(1)

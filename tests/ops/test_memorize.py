@@ -150,6 +150,17 @@ def test_pieces_are_the_whole(impl):
         assert_close(state, want, 1e-12)
 
 
+@pytest.mark.parametrize("impl", ["scan", "chunk"])
+def test_nothing_is_asked_of_tokens_that_are_not_there(impl):
+    """A distance has no gradient at 0: neither the window's empty places nor what fills a block up may be there."""
+    p = problem()
+    distance = lambda y_V, v_V: jnp.sqrt(jnp.sum((y_V - v_V) ** 2))
+    A = {"W": np.zeros((H, V, K))}
+    run = partial(memorize, matrix, distance, A, rule=Rule(window=WINDOW), chunk=CHUNK, impl=impl)
+    y_BTHV, _ = jax.jit(run)(p.q_BTHK, p.k_BTHK, p.v_BTHV, p.gates._replace(gamma_BTH=None))
+    assert np.isfinite(y_BTHV).all()
+
+
 def test_a_matrix_is_linear_attention_or_the_delta_rule():
     """With the dot product as its objective the first, for any chunk; with half the square, at chunk 1, the second."""
     p = problem()
@@ -176,8 +187,12 @@ def test_bad_arguments_are_named():
         "impl: expected": lambda: run(impl="chunks"),
         "theta_BTH: expected H = 3": lambda: run(gates=Gates(np.ones((B, T, H + 1)))),
         r"A\['W'\]_HOI: expected H = 3": lambda: run(A={"W": A["W"][:2]}),
-        "memory: expected one use of matrix 'W', got two": lambda: run(
-            lambda apply, x_TK, _: apply("W", x_TK) + apply("W", x_TK), chunk=2
+        r"memory: expected one use of each matrix of A, \['W'\], got \['W', 'W'\]": lambda: run(
+            lambda apply, x_TK, _: apply("W", x_TK) + apply("W", x_TK)
+        ),
+        r"memory: expected one use of each matrix of A, \['U', 'W'\], got \['W'\]": lambda: run(A=A | {"U": A["W"]}),
+        r"memory: expected a matrix of A, one of \['W'\], got 'V'": lambda: run(
+            lambda apply, x_TK, _: apply("V", x_TK)
         ),
         "state": lambda: run(state=MemoryState({}, {}, {}, q, v, q, q)),
     }.items():
