@@ -122,8 +122,11 @@ def squashed(S):
 
 @pytest.mark.parametrize(
     "rule",
-    [Rule(window=WINDOW), Rule(direction=squashed), Rule(weights=jnp.tanh)],
-    ids=["linear", "direction", "weights"],
+    [
+        pytest.param(Rule(window=WINDOW), id="linear"),
+        pytest.param(Rule(direction=squashed, window=2), id="direction", marks=pytest.mark.long),
+        pytest.param(Rule(weights=jnp.tanh), id="weights", marks=pytest.mark.long),
+    ],
 )
 def test_forms_agree_in_state_and_gradients(rule):
     with jax.enable_x64(True):
