@@ -78,8 +78,9 @@ FIELDS = {
 }
 NAMES = memzoo.names()
 FORMS = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms]
-# Trees of products compile slowest, and cut time as `chunk` does.
-PIECES = [pytest.param(*form, marks=[pytest.mark.long] if form[1] == "associative" else []) for form in FORMS]
+# Trees of products compile slowest, newton after them; the first cut time as `chunk` does.
+SLOW = ("associative", "newton")
+PIECES = [pytest.param(*form, marks=[pytest.mark.long] if form[1] in SLOW else []) for form in FORMS]
 FAST = [(name, impl) for name, impl in FORMS if impl != memzoo.card(name).forms[0]]
 
 
