@@ -13,6 +13,9 @@ import memzoo
 from memzoo import __main__ as command
 
 ROOT = Path(__file__).parents[1]
+# One of each family, as sizes take seconds to work out; the others with the long tests.
+FIRST = {memzoo.card(name).family: name for name in reversed(memzoo.names())}.values()
+CARDS = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.long]) for name in memzoo.names()]
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def test_a_family_alone(printed):
     assert tuple(listed) == memzoo.names("delta rule")
 
 
-@pytest.mark.parametrize("name", memzoo.names())
+@pytest.mark.parametrize("name", CARDS)
 def test_a_card(printed, name):
     text = printed("--card", name, "--width", "24", columns=200)
     row = memzoo.card(name)
