@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from memzoo import contract, ops
 from memzoo.ops.checks import check_impl
 from memzoo.ops.chunks import matmul
+from memzoo.ops.window_attention import rotate, turns
 
 BLOCK = 64  # queries at a time in the chunk form
 
@@ -208,19 +208,6 @@ def attend(q_BCHK, kv_BCHE, past_BPHE, start_BC, t_C, turn_XK, W, L):
 
 def take(all_BXHE, row_BX):
     return jnp.take_along_axis(all_BXHE, row_BX[:, :, None, None], axis=1)
-
-
-def turns(n, K, base, dtype):
-    """cos and sin of 0 ... n - 1 times K / 2 frequencies, [n, K]; in float64 first, as large angles lose digits."""
-    angle = np.arange(n)[:, None] * base ** (-np.arange(0, K, 2) / K)
-    return jnp.asarray(np.concatenate([np.cos(angle), np.sin(angle)], axis=-1), dtype)
-
-
-def rotate(x_XK, turn_XK):
-    """Turns the pairs (0, 1), (2, 3), ... of the last axis."""
-    cos, sin = jnp.split(turn_XK, 2, axis=-1)
-    a, b = x_XK[..., ::2], x_XK[..., 1::2]
-    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x_XK.shape).astype(x_XK.dtype)
 
 
 def up_to(L):

@@ -27,6 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import within
+
+lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=0)
 
 
 class State(NamedTuple):
@@ -101,7 +104,7 @@ class Titans(nn.Module):
         gates: dict[str, Any] = {"dtype": wide, "param_dtype": self.param_dtype, "bias_init": bias}
 
         qkv, gate = nn.Dense(H * (2 * K + V), name="qkv", **kinds), nn.Dense(3 * H, name="gates", **gates)
-        f_WE = self.param("conv", short_filter, (P + 1, H * (2 * K + V)), self.param_dtype)
+        f_WE = self.param("conv", within((P + 1) ** -0.5), (P + 1, H * (2 * K + V)), self.param_dtype)
         A = {n: self.param(f"memory_{n}", lecun, shape, self.param_dtype) for n, shape in self.shapes().items()}
         step = 1 / self.chunk if self.step is None else self.step
         learn: Callable[..., Any] = partial(
@@ -130,17 +133,7 @@ class Titans(nn.Module):
         return nn.DenseGeneral(D, axis=(-2, -1), name="out", **kinds)(y_BTHV), State(memory, past_BPE)
 
 
-def lecun(key, shape, dtype=float):
-    """Normal, of variance 1 / I for matrices [H, O, I]."""
-    return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
-
-
 def bias(key, shape, dtype=float):
     """theta in the middle of its range, momentum 1/2, and 1 % forgotten with each token."""
     theta_H, eta_H, alpha_H = jnp.zeros((3, shape[0] // 3), dtype)
     return jnp.concatenate([theta_H, eta_H, alpha_H + jnp.log(0.01 / 0.99)])
-
-
-def short_filter(key, shape, dtype=float):
-    """Uniform in +-1/sqrt(W), as for any depthwise convolution of width W."""
-    return jax.random.uniform(key, shape, dtype, -1, 1) * shape[0] ** -0.5

@@ -24,6 +24,9 @@ import jax.numpy as jnp
 from memzoo import contract, ops
 from memzoo.ops import rotary
 
+small = nn.initializers.normal(0.02)
+standard = partial(jax.nn.standardize, axis=-1, epsilon=1e-6)  # of mean 0 and variance 1
+
 
 class State(NamedTuple):
     memory: ops.MemoryState
@@ -108,14 +111,3 @@ class TTTMLP(nn.Module):
             y_BTHK.reshape(B, T, -1)
         )
         return nn.Dense(D, name="out", **kinds)(y_BTE), State(memory)
-
-
-def small(key, shape, dtype=float):
-    """Normal, of standard deviation 0.02."""
-    return 0.02 * jax.random.normal(key, shape, dtype)
-
-
-def standard(z_TK):
-    """Of mean 0 and variance 1."""
-    z_TK = z_TK - jnp.mean(z_TK, axis=-1, keepdims=True)
-    return z_TK * jax.lax.rsqrt(jnp.mean(z_TK**2, axis=-1, keepdims=True) + 1e-6)
