@@ -36,6 +36,8 @@ _CARDS = (
          "softmax over the last `window` tokens and `sinks` first ones, RoPE, grouped keys", "Attention"),
     Card("lstm", "gated rnn", "Learning to Forget: Continual Prediction with LSTM", "", "constant", ("scan", "newton"),
          "input, forget and output gates around an additive cell", "LSTM"),
+    Card("slstm", "gated rnn", "xLSTM: Extended Long Short-Term Memory", "2405.04517", "constant", ("scan", "newton"),
+         "an LSTM with an exponential input gate, a normaliser and a stabiliser; heads that do not meet", "SLSTM"),
     Card("gru", "gated rnn", "Learning Phrase Representations using RNN Encoder-Decoder", "1406.1078", "constant",
          ("scan", "newton"), "reset and update gates around one state", "GRU"),
     Card("elman", "gated rnn", "Finding Structure in Time", "", "constant", ("scan", "newton"),
