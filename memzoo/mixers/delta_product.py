@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import short_filter, small_step
 
 
 class State(NamedTuple):
@@ -120,14 +121,3 @@ def delta_product(q_BTHK, k_BTHNK, v_BTHNV, beta_BTHN, log_a_BTH, S_BHKV, reset_
 def log_uniform_to(high):
     """The logarithm of what is uniform in (0, high]."""
     return lambda key, shape, dtype=float: jnp.log(high * (1 - jax.random.uniform(key, shape, dtype)))
-
-
-def small_step(key, shape, dtype=float):
-    """Mamba's bias: softplus(bias) is log-uniform in [1e-3, 1e-1], so memory is long at the start."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def short_filter(key, shape, dtype=float):
-    """Uniform in +-1/sqrt(W), as for any depthwise convolution of width W."""
-    return jax.random.uniform(key, shape, dtype, -1, 1) * shape[0] ** -0.5

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import short_filter
 
 
 class State(NamedTuple):
@@ -93,8 +94,3 @@ def delta_rule(q_BTHK, k_BTHK, v_BTHV, beta_BTH, S_BHKV, reset_BT, impl="auto"):
         y_BTHV, S_BHKV = ops.recur(jax.vmap(step), S_BHKV, ops.widen(xs), reset_BT)
         return y_BTHV.astype(v_BTHV.dtype), S_BHKV
     return ops.delta_rule(*xs, None, S_BHKV, reset_BT, impl=impl)
-
-
-def short_filter(key, shape, dtype=float):
-    """Uniform in +-1/sqrt(W), as for any depthwise convolution of width W."""
-    return jax.random.uniform(key, shape, dtype, -1, 1) * shape[0] ** -0.5

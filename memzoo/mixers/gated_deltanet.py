@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
+from memzoo.ops.initial import log_uniform, short_filter, small_step
 
 
 class State(NamedTuple):
@@ -96,18 +97,3 @@ def gated_delta_rule(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_a_BTH, S_BHKV, reset_
         y_BTHV, S_BHKV = ops.recur(jax.vmap(step), S_BHKV, ops.widen(xs), reset_BT)
         return y_BTHV.astype(v_BTHV.dtype), S_BHKV
     return ops.delta_rule(*xs, S_BHKV, reset_BT, impl=impl)
-
-
-def log_uniform(low, high):
-    return lambda key, shape, dtype=float: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
-
-
-def small_step(key, shape, dtype=float):
-    """Mamba's bias: softplus(bias) is log-uniform in [1e-3, 1e-1], so memory is long at the start."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def short_filter(key, shape, dtype=float):
-    """Uniform in +-1/sqrt(W), as for any depthwise convolution of width W."""
-    return jax.random.uniform(key, shape, dtype, -1, 1) * shape[0] ** -0.5

@@ -40,7 +40,8 @@ from jax import lax
 from memzoo import contract, ops
 from memzoo.ops.checks import check_impl
 from memzoo.ops.chunks import matmul
-from memzoo.ops.initial import within
+from memzoo.ops.initial import log_uniform, small_step, within
+from memzoo.ops.ssd import ssd
 
 FORMS = ("scan", "chunk")
 BLOCK = 64  # queries of a block
@@ -95,12 +96,6 @@ def step(keys, q_N, kv_Z, score, asks, joins):
 def wrapped(count, R):
     """The same number of the ring's keys, and the same next place, from a count that does not grow."""
     return jnp.where(count < R, count, R + count % R)
-
-
-def ssm_step(h_NP, C_N, B_N, x_P, dt, A, D):
-    """One token, one head, of Mamba-2."""
-    h_NP = jnp.exp(dt * A) * h_NP + dt * jnp.outer(B_N, x_P)
-    return h_NP, C_N @ h_NP + D * x_P
 
 
 class HAX(nn.Module):
@@ -381,26 +376,3 @@ def select(score_X, size, start_T, C):
     xs = behind(score_X[M:]), behind(start_T, mode="edge"), jnp.arange(N * C).reshape(N, C)
     (number_M, there_M, _), blocks = lax.scan(block, first, xs)
     return (number_M, there_M), blocks
-
-
-def ssd(C_BTGN, B_BTGN, x_BTHP, dt_BTH, A_H, D_H, h_BHNP, reset_BT, impl="auto"):
-    """All T tokens of Mamba-2. Returns (y_BTHP, h_BHNP)."""
-    C_BTHN, B_BTHN = (jnp.repeat(z, x_BTHP.shape[2] // z.shape[2], axis=2) for z in (C_BTGN, B_BTGN))
-    if impl == "scan":
-        shape_BTH = dt_BTH.shape
-        xs = C_BTHN, B_BTHN, x_BTHP, dt_BTH, jnp.broadcast_to(A_H, shape_BTH), jnp.broadcast_to(D_H, shape_BTH)
-        y_BTHP, h_BHNP = ops.recur(jax.vmap(ssm_step), h_BHNP, ops.widen(xs), reset_BT)
-        return y_BTHP.astype(x_BTHP.dtype), h_BHNP
-    v_BTHP = (dt_BTH[..., None] * x_BTHP).astype(x_BTHP.dtype)
-    y_BTHP, h_BHNP = ops.linear_attention(C_BTHN, B_BTHN, v_BTHP, dt_BTH * A_H, h_BHNP, reset_BT, impl=impl)
-    return (y_BTHP + D_H[:, None] * x_BTHP).astype(x_BTHP.dtype), h_BHNP
-
-
-def log_uniform(low, high):
-    return lambda key, shape, dtype=float: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
-
-
-def small_step(key, shape, dtype=float):
-    """softplus(bias) is log-uniform in [1e-3, 1e-1], so memory is long at the start."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
-    return dt + jnp.log(-jnp.expm1(-dt))

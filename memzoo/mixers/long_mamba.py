@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
-from memzoo.ops.initial import like_torch, within
+from memzoo.ops.initial import like_torch, small_step, within
 
 
 class State(NamedTuple):
@@ -168,9 +168,3 @@ def skipping_s6(x_BTE, dt_BTE, A_NE, B_BTN, C_BTN, D_E, threshold_E, h_BNE, rese
 def log_integers(key, shape, dtype=float):
     """log A = log(1 .. N) in each channel: the real part of S4D's eigenvalues."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[0] + 1, dtype=dtype))[:, None], shape)
-
-
-def small_step(key, shape, dtype=float):
-    """softplus(bias) is log-uniform in [1e-3, 1e-1], so memory is long at the start."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
-    return dt + jnp.log(-jnp.expm1(-dt))

@@ -4,6 +4,7 @@
 
 Source: Dao, Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
 Duality" (2024), arXiv:2405.21060, sec. 7.1-7.2 and fig. 6; sizes and initialisation from the released code (mamba_ssm).
+The recurrence, one token at a time and in chunks, is `ops.ssd`, which HAX has too.
 Differs: h is [N, P], the paper's transpose; dt and the other projections are separate, so that dt is float32.
 
 Dims: B batch, T time, D width, H heads, P channels of a head, N state size, G groups of heads that share B and C,
@@ -18,18 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
-from memzoo.ops.initial import within
+from memzoo.ops.initial import log_uniform, small_step, within
+from memzoo.ops.ssd import ssd
 
 
 class State(NamedTuple):
     h_BHNP: jax.Array
     past_BLE: jax.Array
-
-
-def step(h_NP, C_N, B_N, x_P, dt, A, D):
-    """One token, one head. This is the definition; every faster form is tested against it."""
-    h_NP = jnp.exp(dt * A) * h_NP + dt * jnp.outer(B_N, x_P)
-    return h_NP, C_N @ h_NP + D * x_P
 
 
 class Mamba2(nn.Module):
@@ -99,27 +95,3 @@ class Mamba2(nn.Module):
         y_BTGI = nn.RMSNorm(name="norm", **norm)(y_BTGI)
         y_BTD = nn.DenseGeneral(D, axis=(-2, -1), name="out", **kinds)(y_BTGI)
         return y_BTD, State(h_BHNP, past_BLE)
-
-
-def ssd(C_BTGN, B_BTGN, x_BTHP, dt_BTH, A_H, D_H, h_BHNP, reset_BT, impl="auto"):
-    """All T tokens. Returns (y_BTHP, h_BHNP)."""
-    C_BTHN, B_BTHN = (jnp.repeat(z, x_BTHP.shape[2] // z.shape[2], axis=2) for z in (C_BTGN, B_BTGN))
-    if impl == "scan":
-        shape_BTH = dt_BTH.shape
-        xs = C_BTHN, B_BTHN, x_BTHP, dt_BTH, jnp.broadcast_to(A_H, shape_BTH), jnp.broadcast_to(D_H, shape_BTH)
-        y_BTHP, h_BHNP = ops.recur(jax.vmap(step), h_BHNP, ops.widen(xs), reset_BT)
-        return y_BTHP.astype(x_BTHP.dtype), h_BHNP
-    # Linear attention with queries C, keys B, values dt x.
-    v_BTHP = (dt_BTH[..., None] * x_BTHP).astype(x_BTHP.dtype)
-    y_BTHP, h_BHNP = ops.linear_attention(C_BTHN, B_BTHN, v_BTHP, dt_BTH * A_H, h_BHNP, reset_BT, impl=impl)
-    return (y_BTHP + D_H[:, None] * x_BTHP).astype(x_BTHP.dtype), h_BHNP
-
-
-def log_uniform(low, high):
-    return lambda key, shape, dtype=float: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
-
-
-def small_step(key, shape, dtype=float):
-    """softplus(bias) is log-uniform in [1e-3, 1e-1], so memory is long at the start."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
-    return dt + jnp.log(-jnp.expm1(-dt))

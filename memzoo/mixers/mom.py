@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memzoo import contract, ops
+from memzoo.ops.initial import log_uniform, short_filter, small_step
 
 
 class State(NamedTuple):
@@ -137,18 +138,3 @@ def mixture(q_BTHK, k_BTHMK, v_BTHMV, beta_BTHM, log_a_BTHM, g_BTM, S_BHMKV, res
     y_BTXV, S_BXKV = ops.delta_rule(*joined, S_BHMKV.reshape(B, H * M, *S_BHMKV.shape[3:]), reset_BT, impl=impl)
     y_BTHV = jnp.einsum("bthmv,btm->bthv", y_BTXV.reshape(v_BTHMV.shape), g_BTM, precision="highest")
     return y_BTHV.astype(v_BTHMV.dtype), S_BXKV.reshape(S_BHMKV.shape)
-
-
-def log_uniform(low, high):
-    return lambda key, shape, dtype=float: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
-
-
-def small_step(key, shape, dtype=float):
-    """Mamba's bias: softplus(bias) is log-uniform in [1e-3, 1e-1], so memory is long at the start."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def short_filter(key, shape, dtype=float):
-    """Uniform in +-1/sqrt(W), as for any depthwise convolution of width W."""
-    return jax.random.uniform(key, shape, dtype, -1, 1) * shape[0] ** -0.5

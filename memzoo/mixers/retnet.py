@@ -16,9 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from memzoo import contract, ops
+from memzoo.ops import rotary
 
 
 class State(NamedTuple):
@@ -69,7 +69,7 @@ class RetNet(nn.Module):
         kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
         small: dict[str, Any] = {"kernel_init": nn.initializers.variance_scaling(2**-5, "fan_avg", "uniform"), **kinds}
 
-        n_BT = position(state.n_B, x_BTD.shape[1], reset_BT)
+        n_BT = rotary.places(state.n_B, x_BTD.shape[1], reset_BT)
         q_BTHK = turn(nn.DenseGeneral((H, K), name="q", **small)(x_BTD), n_BT)
         k_BTHK = turn(nn.DenseGeneral((H, K), name="k", **small)(x_BTD), n_BT) * K**-0.5
         v_BTHV = nn.DenseGeneral((H, V), name="v", **small)(x_BTD)
@@ -93,22 +93,6 @@ def retention(q_BTHK, k_BTHK, v_BTHV, log_gamma_H, S_BHKV, reset_BT, impl="auto"
     return ops.linear_attention(*xs, S_BHKV, reset_BT, impl=impl)
 
 
-def position(n_B, T, reset_BT):
-    """The number of tokens before each one in its sequence: [B, T]."""
-    t_T = jnp.arange(T, dtype=jnp.int32)
-    if reset_BT is None:
-        return n_B[:, None] + t_T
-    start_BT = lax.cummax(jnp.where(reset_BT, t_T, -1), axis=1)
-    return jnp.where(start_BT >= 0, t_T - start_BT, n_B[:, None] + t_T)
-
-
 def turn(x_BTHK, n_BT):
-    """Rotates pairs of channels by n theta. Turns are counted in integers, 2^32 to the circle, so whole ones vanish."""
-    F, wide = x_BTHK.shape[-1] // 2, contract.state_dtype(x_BTHK.dtype)
-    turns_F = np.round(10000.0 ** -np.linspace(0, 1, F) * 2**32 / (2 * np.pi)).astype(np.uint32)
-    turns_BTF = lax.bitcast_convert_type(n_BT.astype(jnp.uint32)[..., None] * turns_F, jnp.int32)
-    angle_BT1F = turns_BTF.astype(wide)[:, :, None] * (2 * np.pi / 2**32)
-    cos, sin = jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
-    a, b = x_BTHK[..., 0::2].astype(wide), x_BTHK[..., 1::2].astype(wide)
-    x_BTHF2 = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return x_BTHF2.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+    """Rotates pairs of channels by n theta, theta from 1 to 1e-4, both ends included."""
+    return rotary.turn_by(x_BTHK, n_BT, 10_000.0 ** -np.linspace(0, 1, x_BTHK.shape[-1] // 2))

@@ -30,16 +30,24 @@ def places(n_B: jax.Array, T: int, reset_BT: jax.Array | None = None) -> jax.Arr
 def turn(x_BTHK: jax.Array, n_BT: jax.Array, base: float = 10_000.0) -> jax.Array:
     """x_BTHK turned as its places n_BT say, in float32 at least, returned in the dtype of x.
 
-    Turns are counted in integers, 2^32 to the circle: whole ones vanish, and so does an overflow of n.
     Raises ValueError, by name, for an odd K and for a base that is not a finite number > 0.
     """
     check_shapes(x_BTHK=x_BTHK)
-    F, wide = x_BTHK.shape[-1] // 2, jnp.promote_types(x_BTHK.dtype, jnp.float32)
     if x_BTHK.shape[-1] % 2:
         raise ValueError(f"x_BTHK: expected an even K, to turn pairs, got shape {list(x_BTHK.shape)}")
     if not (isinstance(base, numbers.Real) and 0 < base < np.inf):
         raise ValueError(f"base: expected a finite number > 0, got {base!r}")
-    turns_F = float(base) ** (-np.arange(F) / F) / (2 * np.pi) % 1  # a base < 1 makes whole ones
+    F = x_BTHK.shape[-1] // 2
+    return turn_by(x_BTHK, n_BT, float(base) ** (-np.arange(F) / F))
+
+
+def turn_by(x_BTHK: jax.Array, n_BT: jax.Array, theta_F: np.ndarray) -> jax.Array:
+    """The same with any frequencies, in radians for each place.
+
+    Turns are counted in integers, 2^32 to the circle: whole ones vanish, and so does an overflow of n.
+    """
+    wide = jnp.promote_types(x_BTHK.dtype, jnp.float32)
+    turns_F = theta_F / (2 * np.pi) % 1  # a base < 1 makes whole ones
     turns_F = (np.round(turns_F * 2**32) % 2**32).astype(np.uint32)
     turns_BTF = lax.bitcast_convert_type(n_BT.astype(jnp.uint32)[..., None] * turns_F, jnp.int32)
     angle_BT1F = turns_BTF.astype(wide)[:, :, None] * (2 * np.pi / 2**32)

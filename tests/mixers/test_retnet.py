@@ -6,10 +6,11 @@ import numpy as np
 
 import memzoo
 from memzoo.mixers import retnet
+from memzoo.ops import rotary
 
 mixer = memzoo.make("retnet", width=8, heads=2)
 apply = jax.jit(mixer.apply)
-position, turn = jax.jit(retnet.position, static_argnums=1), jax.jit(retnet.turn)
+position, turn = jax.jit(rotary.places, static_argnums=1), jax.jit(retnet.turn)
 
 
 def test_recurrence_is_the_parallel_form():
