@@ -9,7 +9,8 @@ from memzoo.ops.hippo_memory import hippo_memory, reconstruct
 from memzoo.ops.linear_attention import linear_attention, normalised_linear_attention
 from memzoo.ops.linear_scan import linear_scan
 from memzoo.ops.max_scan import max_scan
-from memzoo.ops.memorize import Gates, MemoryState, Rule, memorize, memory_state
+from memzoo.ops.memorize import memorize
+from memzoo.ops.memory import Gates, MemoryState, Rule, memory_state
 from memzoo.ops.nonlinear_scan import check_jacobian, newton_scan, nonlinear_scan
 from memzoo.ops.recur import recur, widen
 from memzoo.ops.selective_scan import selective_scan

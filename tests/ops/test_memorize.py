@@ -45,7 +45,8 @@ def problem(step=0.1):
     rng = np.random.default_rng(0)
     normal, uniform = lambda *shape: rng.normal(size=shape), lambda *shape: rng.uniform(size=shape)
     A = {"in": normal(H, F, K) / 2, "bias": normal(H, F, 1) / 2, "out": normal(H, V, F) / 2}
-    gates = Gates(step * uniform(B, T, H), uniform(B, T, H), 0.3 * uniform(B, T, H), *uniform(2, B, T, H))
+    alpha = 0.3 * uniform(B, T, H, 2 * F + V)  # each row by itself: of bias, in, out
+    gates = Gates(step * uniform(B, T, H), uniform(B, T, H), alpha, *uniform(2, B, T, H))
     return Problem(A, {"gain": normal(H, V)}, normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V), gates)
 
 
@@ -77,25 +78,31 @@ def written_out(p, reset_BT, window):
                 for name, own in (("out", np.outer(error, hidden)), ("in", np.outer(back, k)), ("bias", back[:, None])):
                     g[name] = g[name] + gamma * own
             S = {name: eta * S[name] + theta * g[name] for name in A}
-            A = {name: (1 - alpha) * A[name] - rate * S[name] for name in A}
+            forget = dict(zip(("bias", "in", "out"), np.split(alpha, [F, 2 * F]), strict=True))
+            A = {name: (1 - forget[name])[:, None] * A[name] - rate * S[name] for name in A}
             y_BTHV[b, t, h] = A["out"] @ np.tanh(A["in"] @ p.q_BTHK[b, t, h] + A["bias"][:, 0]) * gain
         last.append({name: A[name] - A0[name] for name in A})
     return y_BTHV, {name: np.stack([A[name] for A in last]).reshape(B, H, *A0[name].shape) for name in A0}
 
 
 @partial(jax.jit, static_argnames=("impl", "rule"))
-def everything(p, reset_BT, state, impl, rule):
+def run(p, reset_BT, state, impl, rule):
+    return memorize(
+        network, half_square, *(p.A, p.q_BTHK, p.k_BTHK, p.v_BTHV, p.gates), state, reset_BT,
+        rule=rule, fixed=p.fixed, chunk=CHUNK, impl=impl,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("impl", "rule"))
+def everything(p, reset_BT, impl, rule):
     """Output and state, and the gradient of both with respect to all that went in."""
 
-    def loss(p, state):
-        y_BTHV, state = memorize(
-            network, half_square, *(p.A, p.q_BTHK, p.k_BTHK, p.v_BTHV, p.gates), state, reset_BT,
-            rule=rule, fixed=p.fixed, chunk=CHUNK, impl=impl,
-        )  # fmt: skip
+    def loss(p):
+        y_BTHV, state = run(p, reset_BT, None, impl, rule)
         ends = sum(jnp.sum(jnp.cos(s)) for s in jax.tree.leaves(state) if jnp.issubdtype(s.dtype, jnp.inexact))
         return jnp.sum(jnp.sin(y_BTHV)) + ends, (y_BTHV, state)
 
-    (_, ends), gradient = jax.value_and_grad(loss, argnums=0, has_aux=True)(p, state)
+    (_, ends), gradient = jax.value_and_grad(loss, has_aux=True)(p)
     return ends, gradient
 
 
@@ -109,7 +116,7 @@ def assert_close(got, want, atol=1e-10):
 def test_is_gradient_descent_written_out(impl):
     with jax.enable_x64(True):
         p = problem()
-        (y_BTHV, state), _ = everything(p, resets(), None, impl, Rule(window=WINDOW))
+        y_BTHV, state = run(p, resets(), None, impl, Rule(window=WINDOW))
         want_BTHV, A = written_out(p, resets(), WINDOW)
         np.testing.assert_allclose(y_BTHV, want_BTHV, atol=1e-12)
         assert_close(state.A, A, 1e-12)
@@ -120,34 +127,34 @@ def squashed(S):
     return S / jnp.sqrt(0.1 + jnp.sum(S**2, axis=(-2, -1), keepdims=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "rule",
     [
         pytest.param(Rule(window=WINDOW), id="linear"),
-        pytest.param(Rule(direction=squashed, window=2), id="direction", marks=pytest.mark.long),
-        pytest.param(Rule(weights=jnp.tanh), id="weights", marks=pytest.mark.long),
+        pytest.param(Rule(direction=squashed, window=2), id="direction"),
+        pytest.param(Rule(weights=jnp.tanh), id="weights"),
     ],
 )
 def test_forms_agree_in_state_and_gradients(rule):
     with jax.enable_x64(True):
-        want = everything(problem(), resets(), None, "scan", rule)
-        assert_close(everything(problem(), resets(), None, "chunk", rule), want)
-        free = everything(problem(), None, None, "chunk", rule)
-        assert_close(free, everything(problem(), np.zeros((B, T), bool), None, "scan", rule))
+        want = everything(problem(), resets(), "scan", rule)
+        assert_close(everything(problem(), resets(), "chunk", rule), want)
+        free = everything(problem(), None, "chunk", rule)
+        assert_close(free, everything(problem(), np.zeros((B, T), bool), "scan", rule))
 
 
-@pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.parametrize("impl", ["scan", pytest.param("chunk", marks=pytest.mark.long)])
 def test_pieces_are_the_whole(impl):
     """Chunks are counted from the last reset, wherever calls begin and end."""
     with jax.enable_x64(True):
         p, reset_BT, rule = problem(), resets(), Rule(window=WINDOW)
-        (want_BTHV, want), _ = everything(p, reset_BT, None, impl, rule)
-        run = jax.jit(partial(memorize, network, half_square, rule=rule, fixed=p.fixed, chunk=CHUNK, impl=impl))
+        want_BTHV, want = run(p, reset_BT, None, impl, rule)
         ys, state = [], None
         for begin, end in ((0, 6), (6, 7), (7, T)):
             piece = lambda x, begin=begin, end=end: x[:, begin:end]
             arrays = jax.tree.map(piece, (p.q_BTHK, p.k_BTHK, p.v_BTHV, p.gates))
-            y_BTHV, state = run(p.A, *arrays, state, reset_BT[:, begin:end])
+            y_BTHV, state = run(Problem(p.A, p.fixed, *arrays), reset_BT[:, begin:end], state, impl, rule)
             ys.append(y_BTHV)
         np.testing.assert_allclose(np.concatenate(ys, 1), want_BTHV, atol=1e-12)
         assert_close(state, want, 1e-12)
@@ -160,7 +167,7 @@ def test_nothing_is_asked_of_tokens_that_are_not_there(impl):
     distance = lambda y_V, v_V: jnp.sqrt(jnp.sum((y_V - v_V) ** 2))
     A = {"W": np.zeros((H, V, K))}
     run = partial(memorize, matrix, distance, A, rule=Rule(window=WINDOW), chunk=CHUNK, impl=impl)
-    y_BTHV, _ = jax.jit(run)(p.q_BTHK, p.k_BTHK, p.v_BTHV, p.gates._replace(gamma_BTH=None))
+    y_BTHV, _ = jax.jit(run)(p.q_BTHK, p.k_BTHK, p.v_BTHV, p.gates._replace(alpha_BTH=None, gamma_BTH=None))
     assert np.isfinite(y_BTHV).all()
 
 
@@ -168,27 +175,32 @@ def test_a_matrix_is_linear_attention_or_the_delta_rule():
     """With the dot product as its objective the first, for any chunk; with half the square, at chunk 1, the second."""
     p = problem()
     q, k, v, theta = (jnp.asarray(x, jnp.float32) for x in (*p[2:5], p.gates.theta_BTH))
-    fresh = {"W": jnp.zeros((H, V, K))}
+    fresh = {"W": np.zeros((H, V, K), np.float32)}
     dot_product = lambda y_V, v_V: -jnp.vdot(y_V, v_V)
-    y_BTHV, state = memorize(matrix, dot_product, fresh, q, k, v, Gates(jnp.ones((B, T, H))), chunk=CHUNK)
-    want_BTHV, S_BHKV = ops.linear_attention(q, k, v, impl="scan")
+    learn = lambda objective, theta, chunk: jax.jit(partial(memorize, matrix, objective, chunk=chunk))(
+        fresh, q, k, v, Gates(theta)
+    )
+    y_BTHV, state = learn(dot_product, jnp.ones((B, T, H)), CHUNK)
+    want_BTHV, S_BHKV = jax.jit(partial(ops.linear_attention, impl="scan"))(q, k, v)
     np.testing.assert_allclose(y_BTHV, want_BTHV, atol=1e-4)
-    np.testing.assert_allclose(state.A["W"], jnp.swapaxes(S_BHKV, 2, 3), atol=1e-4)
-    y_BTHV, state = memorize(matrix, half_square, fresh, q, k, v, Gates(theta))
-    want_BTHV, S_BHKV = ops.delta_rule(q, k, v, theta, impl="scan")
+    np.testing.assert_allclose(state.A["W"], np.swapaxes(S_BHKV, 2, 3), atol=1e-4)
+    y_BTHV, state = learn(half_square, theta, 1)
+    want_BTHV, S_BHKV = jax.jit(partial(ops.delta_rule, impl="scan"))(q, k, v, theta)
     np.testing.assert_allclose(y_BTHV, want_BTHV, atol=1e-4)
-    np.testing.assert_allclose(state.A["W"], jnp.swapaxes(S_BHKV, 2, 3), atol=1e-4)
+    np.testing.assert_allclose(state.A["W"], np.swapaxes(S_BHKV, 2, 3), atol=1e-4)
 
 
 def test_bad_arguments_are_named():
     q, v, gates = np.zeros((B, T, H, K), "float32"), np.zeros((B, T, H, V), "float32"), Gates(np.ones((B, T, H)))
     A = {"W": np.zeros((H, V, K), "float32")}
+    by_row = Gates(np.ones((B, T, H)), alpha_BTH=np.ones((B, T, H, V + 1)))
     run = lambda memory=matrix, A=A, gates=gates, **fields: memorize(memory, half_square, A, q, q, v, gates, **fields)
     for match, call in {
         "chunk: expected an integer >= 1, got 0": lambda: run(chunk=0),
         "window: expected an integer >= 1": lambda: run(rule=Rule(window=0)),
         "impl: expected": lambda: run(impl="chunks"),
         "theta_BTH: expected H = 3": lambda: run(gates=Gates(np.ones((B, T, H + 1)))),
+        "alpha_BTHR: expected R = 5, the rows of A, got": lambda: run(gates=by_row),
         r"A\['W'\]_HOI: expected H = 3": lambda: run(A={"W": A["W"][:2]}),
         r"memory: expected one use of each matrix of A, \['W'\], got \['W', 'W'\]": lambda: run(
             lambda apply, x_TK, _: apply("W", x_TK) + apply("W", x_TK)
