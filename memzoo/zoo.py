@@ -53,6 +53,8 @@ _CARDS = (
          ("scan", "newton"), "two coupled states that choose how far to move; bounded, and so are their errors", "LEM"),
     Card("elm", "gated rnn", "The Expressive Leaky Memory Neuron", "2306.16922", "constant", ("scan", "newton"),
          "traces of inputs, summed by branch, and slow memories that a small network adjusts", "ELM"),
+    Card("rmc", "gated rnn", "Relational recurrent neural networks", "1806.01822", "constant", ("scan",),
+         "slots of memory that attend to one another and to the token, behind an LSTM's gates", "RMC"),
     Card("min_gru", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,
          "a GRU whose gates see the token alone: linear in its state", "MinGRU"),
     Card("min_lstm", "gated rnn", "Were RNNs All We Needed?", "2410.01201", "constant", _LINEAR,
