@@ -78,7 +78,8 @@ def make(config: Config, kind: str, task: JointRecall) -> LanguageModel:
     name, wider, larger = MODELS[kind]
     fields = {"state_size": config.state_size * larger, "head_dim": config.head_dim}
     if name == "hax":
-        fields |= {"bucket_keys": config.bucket_keys, "selected_keys": config.selected_keys, "bits": config.bits}
+        names = ("bucket_keys", "selected_keys", "bits", "ranking_weight")
+        fields |= {name: getattr(config, name) for name in names}
     return LanguageModel(task.vocab, config.width * wider, config.layers, (name,), fields={name: fields})
 
 
@@ -93,12 +94,9 @@ def run(config: Config, kind: str, seed: int) -> dict[str, Any]:
     params = jax.jit(model.init)(init_key, jnp.zeros((1, task.tokens - 1), jnp.int32))
 
     def loss(params, batch: Recall, key):
-        (logits_BTZ, _), sown = model.apply(
-            params, batch.tokens_U[:, :-1], rngs={"ranking": key}, mutable=["intermediates"]
-        )
+        (logits_BTZ, _), sown = model.apply(params, batch.tokens_U[:, :-1], rngs={"ranking": key}, mutable=["losses"])
         nats_BT = train.cross_entropy(logits_BTZ, jnp.asarray(batch.tokens_U[:, 1:]))
-        ranking = sum(jax.tree.leaves(sown), jnp.float32(0))  # of each layer, where there is one
-        return jnp.mean(nats_BT, where=batch.asked_T) + config.ranking_weight * ranking
+        return jnp.mean(nats_BT, where=batch.asked_T) + sum(jax.tree.leaves(sown))
 
     @jax.jit
     def right(params, rows: Recall):

@@ -70,6 +70,12 @@ def describe(state: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def add_loss(module: Any, name: str, value: jax.Array) -> None:
+    """Sows a term that training is to make small too, weighted as it is to be added, into the collection "losses"."""
+    if not module.is_initializing():  # or `init` would give it back among the parameters
+        module.sow("losses", name, value)
+
+
 def divisible(name: str, value: int, by_name: str, by: int) -> int:
     """value // by, or a ValueError that says which field does not divide which."""
     positive(**{by_name: by})

@@ -101,9 +101,9 @@ def wrapped(count, R):
 class HAX(nn.Module):
     """x_BTD -> (y_BTD, State). The state is float32, or float64 when `dtype` is, and int32 counters.
 
-    Sows `ranking`, the loss that trains the scores, into the collection "intermediates": apply with
-    mutable=["intermediates"] and add it to the loss; the released weight is 0.1. It samples tokens by the random key
-    "ranking", if `rngs` has one, and otherwise the same ones each time.
+    Sows `ranking`, the loss that trains the scores, times `ranking_weight`, into the collection "losses": apply with
+    mutable=["losses"] and add what is there to the loss. It samples tokens by the random key "ranking", if `rngs` has
+    one, and otherwise the same ones each time.
     Raises ValueError, by name, for fields out of their range, and for inputs, state or resets that do not fit.
     """
 
@@ -116,6 +116,7 @@ class HAX(nn.Module):
     bucket_keys: int = 32  # R, the half of the released 64 keys per query
     selected_keys: int = 32  # M, the other half, and the number of tokens that the ranking loss samples
     bits: int = 8
+    ranking_weight: float = 0.1
     seed: int = 0  # of H
     impl: str = "auto"  # 'scan', 'chunk'
     dtype: Any = jnp.float32
@@ -179,7 +180,8 @@ class HAX(nn.Module):
         key = self.make_rng("ranking") if self.has_rng("ranking") else jax.random.key(self.seed)
         chosen = jax.random.permutation(key, T)[: self.selected_keys]
         fixed_BTF, fixed = lax.stop_gradient(features_BTF), lax.stop_gradient((q_BTN, k_BTN))
-        self.sow("intermediates", "ranking", ranking(mlp(fixed_BTF[:, chosen]), *fixed, chosen, reset_BT))
+        order = ranking(mlp(fixed_BTF[:, chosen]), *fixed, chosen, reset_BT)
+        contract.add_loss(self, "ranking", self.ranking_weight * order)
 
         xs = q_BTN, jnp.concatenate([k_BTN, v_BTV], axis=-1), score_BT, asks_BT, joins_BT
         found_BTV, keys = attend(*xs, state.keys, reset_BT, self.dtype, self.impl, fresh)

@@ -43,8 +43,8 @@ def step(S_MKV, q_K, k_MK, v_MV, beta_M, log_a_M, g_M):
 class MoM(nn.Module):
     """x_BTD -> (y_BTD, State). The state is float32, or float64 when `dtype` is.
 
-    Sows `load_balance` into the collection "intermediates": k where tokens use all memories alike, more where they do
-    not. To train with it, apply with mutable=["intermediates"] and add it to the loss; the released weight is 0.01.
+    Sows `load_balance` into the collection "losses": `balance_weight` times k where tokens use all memories alike, more
+    where they do not. To train with it, apply with mutable=["losses"] and add what is there to the loss.
     Raises ValueError, by name, for fields out of their range, and for inputs, state or resets that do not fit.
     """
 
@@ -56,6 +56,7 @@ class MoM(nn.Module):
     top_k: int = 2
     shared: bool = True  # whether there is one more memory, for all tokens
     conv_width: int = 4
+    balance_weight: float = 0.01
     impl: str = "auto"  # 'scan', 'associative', 'chunk'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -86,7 +87,7 @@ class MoM(nn.Module):
         gates: dict[str, Any] = {"use_bias": False, "dtype": wide, "param_dtype": self.param_dtype}
 
         g_BTM, balance = route(nn.Dense(self.memories, name="router", **gates)(x_BTD), self.top_k, self.shared)
-        self.sow("intermediates", "load_balance", balance)
+        contract.add_loss(self, "load_balance", self.balance_weight * balance)
 
         qkv_BTE = nn.Dense(H * (K + M * (K + V)), name="qkv", **kinds)(x_BTD)
         f_WE = self.param("conv", short_filter, (P + 1, qkv_BTE.shape[-1]), self.param_dtype)

@@ -78,8 +78,8 @@ class LayerState(NamedTuple):
 class Experts(nn.Module):
     """x_BTD, Choice -> the sum of its chunk's experts' SwiGLUs, Choice.
 
-    Sows `load_balance` into the collection "intermediates": top_k where tokens use all experts alike, more where they
-    do not. To train with it, apply with mutable=["intermediates"] and add it to the loss; the released weight is 0.01.
+    Sows `load_balance` into the collection "losses": `balance_weight` times top_k where tokens use all experts alike,
+    more where they do not. To train with it, apply with mutable=["losses"] and add what is there to the loss.
     """
 
     experts: int
@@ -89,6 +89,7 @@ class Experts(nn.Module):
     impl: str
     dtype: DTypeLike
     param_dtype: DTypeLike
+    balance_weight: float = 0.01
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, state: Choice, reset_BT: jax.Array | None) -> tuple[jax.Array, Choice]:
@@ -97,7 +98,7 @@ class Experts(nn.Module):
         logits_BTE, state = of_first(router(x_BTD), state, reset_BT, self.chunk)
         top_BTJ, which_BTJ = lax.top_k(logits_BTE, self.top_k)
         weight_BTJ = nn.softmax(top_BTJ)
-        self.sow("intermediates", "load_balance", load_balance(logits_BTE, which_BTJ))
+        contract.add_loss(self, "load_balance", self.balance_weight * load_balance(logits_BTE, which_BTJ))
 
         begin_as = nn.initializers.lecun_normal(batch_axis=0)
         gate_up_EDF = self.param("gate_up", begin_as, (E, D, 2 * F), self.param_dtype).astype(self.dtype)
@@ -342,6 +343,7 @@ class Hydra(nn.Module):
     chunk: int = 32  # tokens that have experts in common, and that are written to the workspace at once
     experts: int = 4
     top_k: int = 2  # experts of a token
+    balance_weight: float = 0.01  # of what keeps the use of experts even, among the losses that training adds
     hidden: int | None = None  # of an expert; width
     slots: int = 64
     rank: int | None = None  # of keys and values of the workspace; half the width
@@ -388,6 +390,7 @@ class Hydra(nn.Module):
     def experts_fields(self) -> FrozenDict:
         hidden = self.width if self.hidden is None else self.hidden
         own = {"experts": self.experts, "top_k": self.top_k, "hidden": hidden, "chunk": self.chunk, "impl": self.impl}
+        own["balance_weight"] = self.balance_weight
         return FrozenDict({**own, "dtype": self.dtype, "param_dtype": self.param_dtype})
 
     def attends(self, layer: int) -> bool:

@@ -188,8 +188,8 @@ def test_the_hash_is_fixed_by_the_seed():
 
 
 def ranking(params, x, mixer, **kinds):
-    _, sown = mixer.apply(params, x, mutable=["intermediates"], **kinds)
-    return sown["intermediates"]["ranking"][0]
+    _, sown = mixer.apply(params, x, mutable=["losses"], **kinds)
+    return sown["losses"]["ranking"][0]
 
 
 def test_the_ranking_loss_orders_tokens_by_the_attention_they_get():

@@ -195,9 +195,9 @@ def test_load_balance_is_top_k_where_all_are_alike():
 
 
 def test_load_balance_is_sown(params, tokens):
-    run = jax.jit(lambda p: small().apply({"params": p}, tokens, mutable=["intermediates"])[1])
+    run = jax.jit(lambda p: small().apply({"params": p}, tokens, mutable=["losses"])[1])
     (value,) = jax.tree.leaves(run(params))
-    assert 0 < value < E
+    assert 0 < value < 0.01 * E
 
 
 @pytest.mark.parametrize(("impl", "cuts"), [("scan", (0, 23)), ("chunk", (0, 23)), ("chunk", (*range(0, 23, 3), 23))])
@@ -266,6 +266,7 @@ def test_parts_begin_as_the_prototypes_do():
         np.testing.assert_allclose(np.std(p["layer_0"]["experts"][name]), fan_in**-0.5, rtol=0.15)
 
 
+@pytest.mark.long
 def test_remat_changes_nothing(params, tokens):
     some = {"attention_every": None, "workspace": False, "pkm": False, "layers": 1}
     own = {name: params[name] for name in ("embedding", "norm", "layer_0")}
