@@ -35,6 +35,7 @@ def test_it_is_committed_with_badge_and_outputs(notebook):
         assert place not in json.dumps(shown), "a path of the machine that it was run on"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_it_runs(notebook, tmp_path, monkeypatch):
     """With this interpreter, whatever kernels are installed."""

@@ -12,9 +12,7 @@ import memzoo
 from memzoo import contract
 
 B, T, D = 2, 72, 12  # 72 tokens are a chunk of 64 and a piece
-EVEN = (0, 24, 48, T)  # pieces of one length are one program
-CUTS = {"scan": range(T + 1), "chunk": EVEN, "conv": EVEN}
-UNEVEN = (0, 1, 2, 37, T)
+CUTS = (0, 24, 48, T)  # pieces of one length are one program; those of the definition are single tokens
 # Sizes that all differ from each other and from B, T, D, so that no axis can be mistaken for another.
 FIELDS = {
     "attention": {"heads": 3, "head_dim": 4, "window": 17, "sinks": 2},
@@ -27,7 +25,7 @@ FIELDS = {
     "wave_rnn": {"channels": 3, "places": 7, "conv_width": 5, "activation": "tanh"},  # ReLU grows without bound
     "lem": {"hidden": 7},
     "elm": {"memories": 7, "branches": 5, "synapses": 4, "learn_tau": True},
-    "rmc": {"slots": 4, "heads": 3, "key_dim": 5, "value_dim": 3},
+    "rmc": {"slots": 4, "heads": 3, "key_dim": 7, "value_dim": 5},
     "min_gru": {"expand": 3},
     "min_lstm": {"expand": 3},
     "bilinear_rnn": {"hidden": 15, "block_size": 5},
@@ -72,6 +70,9 @@ FIELDS = {
     "ttt_linear": {"heads": 3, "head_dim": 8, "chunk": 10, "step": 0.3},
     "ttt_mlp": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "step": 0.3},
     "titans": {"heads": 3, "key_dim": 5, "value_dim": 7, "hidden": 6, "persistent": 4, "chunk": 10},
+    "moneta": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "step": 0.3, "gate_rank": 7},
+    "yaad": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "step": 0.3, "gate_rank": 7},
+    "memora": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "gate_rank": 7},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
     "hax": {"head_dim": 6, "state_size": 5, "bucket_keys": 7, "selected_keys": 9, "bits": 3},
     "gam": {"slots": 7},
@@ -82,8 +83,17 @@ FIELDS = {
     "onion_esn": {"units": 15, "rings": 3, "leak": 0.6, "bias_scale": 0.5},
 }
 NAMES = memzoo.names()
-FORMS = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms]
-FAST = [(name, impl) for name, impl in FORMS if impl != memzoo.card(name).forms[0]]
+# Trees of products compile slowest, newton after them: they are left to the long tests. Each op tests them by default.
+SLOW = ("associative", "newton")
+
+
+def forms(*but):
+    every = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms if impl not in but]
+    return [pytest.param(*form, marks=[pytest.mark.long] if form[1] in SLOW else []) for form in every]
+
+
+FORMS = forms()
+FASTER = forms("scan")
 
 
 def make(name, impl="auto", dtype=jnp.float32, param_dtype=None):
@@ -105,7 +115,7 @@ def setup(name, dtype=np.float32):
     params = jax.tree_util.tree_map_with_path(lambda path, p: p if fixed(path) else away(p), in_numpy(params))
     _, state = in_numpy(jax.jit(mixer.apply)(params, 0.7 * x[::-1, ::-1]))
     reset = np.zeros((B, T), bool)
-    reset[0, [0, 20, 21]] = reset[1, [3, EVEN[2], T - 1]] = True
+    reset[0, [0, 20, 21]] = reset[1, [3, CUTS[2], T - 1]] = True
     normal = lambda s: rng.standard_normal(s.shape) + (1j * rng.standard_normal(s.shape) if np.iscomplexobj(s) else 0)
     weights = jax.tree.map(lambda s: normal(s).astype(s.dtype), (x, state))
     return params, x, state, reset, weights
@@ -236,7 +246,7 @@ def test_no_state_is_the_initial_state(name):
     assert_close(got, whole(name, "auto")(params, x, fresh(name), np.zeros_like(reset), weights)[1], 1e-5)
 
 
-@pytest.mark.parametrize(("name", "impl"), FAST)
+@pytest.mark.parametrize(("name", "impl"), FASTER)
 def test_forms_agree(name, impl):
     arguments = setup(name)
     definition = memzoo.card(name).forms[0]
@@ -244,7 +254,7 @@ def test_forms_agree(name, impl):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "impl"), FAST)
+@pytest.mark.parametrize(("name", "impl"), FASTER)
 def test_forms_agree_in_float64(name, impl):
     with jax.enable_x64(True):
         arguments = setup(name, np.float64)
@@ -255,17 +265,11 @@ def test_forms_agree_in_float64(name, impl):
         assert_close(got, want, 1e-10)
 
 
-@pytest.mark.parametrize(("name", "impl"), [form for form in FORMS if form[1] in CUTS])
+@pytest.mark.parametrize(("name", "impl"), FORMS)
 def test_pieces_equal_the_whole(name, impl):
     arguments = setup(name)
-    assert_close(in_pieces(name, impl, CUTS[impl])(*arguments), whole(name, impl)(*arguments), 1e-5)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("name", "impl"), FORMS)
-def test_uneven_pieces_equal_the_whole(name, impl):
-    arguments = setup(name)
-    assert_close(in_pieces(name, impl, UNEVEN)(*arguments), whole(name, impl)(*arguments), 1e-5)
+    cuts = range(T + 1) if impl == "scan" else CUTS
+    assert_close(in_pieces(name, impl, cuts)(*arguments), whole(name, impl)(*arguments), 1e-5)
 
 
 @pytest.mark.parametrize(("name", "impl"), FORMS)
@@ -307,7 +311,7 @@ def test_nothing_crosses_a_reset(name, impl):
     assert all(not real(g) or largest(g) <= rounding * largest(d_x) for g in jax.tree.leaves(d_state))
 
 
-@pytest.mark.parametrize(("name", "impl"), [(n, i) for n, i in FORMS if i in ("scan", "associative")])
+@pytest.mark.parametrize(("name", "impl"), forms("chunk", "conv", "newton"))
 def test_inf_does_not_reach_the_next_sequence(name, impl):
     params, x, state, _, weights = setup(name)
     infinite = x.copy()

@@ -16,6 +16,7 @@ TINY = Config(
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_run_leaves_what_it_says(tmp_path):
     config = replace(TINY, models=("hax", "mamba2"), out=tmp_path / "run")
     rows = joint_recall.main(config)
@@ -58,6 +59,7 @@ def test_the_table_has_means_over_seeds_and_says_what_diverged():
     assert "Diverged, and in no mean: mamba2, seed 1: step 2: loss is nan." in text
 
 
+@pytest.mark.long
 def test_a_model_that_diverges_is_recorded(tmp_path):
     rate = 1e30  # of steps that leave the numbers there are
     config = replace(TINY, models=("mamba2",), out=tmp_path / "run", learning_rate=rate, eval_every=1)

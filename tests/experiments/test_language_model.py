@@ -122,11 +122,13 @@ def test_killed_twice_and_resumed_a_run_gives_the_same_numbers_bit_for_bit(start
         np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
 
 
+@pytest.mark.long
 def test_a_finished_run_resumes_to_its_end(start, whole):
     _, rows, printed = finish(*start("whole", "--resume"))
     assert rows == whole[1] and printed.splitlines()[-1] == whole[2].splitlines()[-1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["jit", "pmap"])
 def test_eight_devices_give_the_losses_of_one(start, whole, strategy):
     # For ten steps: then rounding has grown, as it does between any two orders of summation.
@@ -136,6 +138,7 @@ def test_eight_devices_give_the_losses_of_one(start, whole, strategy):
     np.testing.assert_allclose(losses(rows), losses(whole[1][:2]), rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(start):
     out, process = start("nan", "--learning-rate", "1e38", "--warmup", "0")
     _, errors = process.communicate(timeout=300)

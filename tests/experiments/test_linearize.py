@@ -42,6 +42,7 @@ def small(name, **fields):
     return model, flatten_dict(jax.device_get(params["params"]), sep="/")
 
 
+@pytest.mark.long
 def test_a_run_leaves_what_it_says(whole):
     config, rows = whole
     assert [(row["name"], row["stage"]) for row in rows] == STAGES
@@ -66,6 +67,7 @@ def test_what_is_trained_in_each_stage(whole):
     assert liger["state_bytes"] < lizard["state_bytes"] < teacher["state_bytes"]
 
 
+@pytest.mark.long
 def test_fine_tuning_lowers_the_loss(whole):
     losses = {(row["name"], row["stage"]): row["val_loss"] for row in whole[1]}
     for name in ("teacher", "liger", "lizard"):
@@ -89,6 +91,7 @@ def test_low_rank_changes_begin_at_0_and_have_their_rank():
     np.testing.assert_allclose(changed[path] - theirs[path], 8 * np.tensordot(A, B, 1), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_attention_transfer_compares_layer_with_layer_and_trains_what_is_new():
     """0 for the teacher itself; for Lizard the plain mean over layers, and no gradient for the teacher's weights."""
     teacher, theirs = small("attention")
@@ -108,6 +111,7 @@ def test_attention_transfer_compares_layer_with_layer_and_trains_what_is_new():
     assert run({"frozen": theirs, "trained": {"new": down, "low": {}}})[0] < value
 
 
+@pytest.mark.long
 def test_killed_in_the_second_student_and_resumed_a_run_gives_the_same_numbers(whole, monkeypatch):
     config, rows = whole
     lines = config.out / "linearize.jsonl"
@@ -120,6 +124,7 @@ def test_killed_in_the_second_student_and_resumed_a_run_gives_the_same_numbers(w
     assert linearize.main(replace(config, resume=True)) == again and converted == ["liger"]
 
 
+@pytest.mark.long
 def test_a_run_stops_at_what_is_not_finite(tmp_path, monkeypatch):
     """A loss that is NaN in a stage's last step alone, and a held-out loss."""
     corpus = text.corpus(None, TINY.window)

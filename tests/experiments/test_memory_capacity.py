@@ -13,6 +13,7 @@ from experiments.memory_capacity import Config
 TINY = Config(units=10, delays=12, train=60, test=40, train_tokens=200, test_tokens=100, piece=25, seeds=2)
 
 
+@pytest.mark.long
 def test_a_run_leaves_what_it_says(tmp_path, monkeypatch):
     kinds = memory_capacity.reservoirs(TINY)
     few = ("esn", "res_esn, random, 5 layers", "res_rmn, cyclic")

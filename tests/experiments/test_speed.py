@@ -7,6 +7,7 @@ import pytest
 from experiments import decode_speed, op_speed
 
 
+@pytest.mark.long
 def test_op_speed(tmp_path):
     out = tmp_path / "run"
     config = op_speed.Config(out, ("linear_scan", "delta_rule"), ("key",), 2, (1,), (4,), (8, 16), False, 1, 6.0, ())
@@ -46,6 +47,7 @@ def test_op_speed_leaves_out_what_does_not_fit(tmp_path):
     assert all("us_per_token" not in row for row in op_speed.main(config))
 
 
+@pytest.mark.long
 def test_op_speed_of_architectures(tmp_path):
     names = ("gru", "lru")
     ops = {"ops": ("linear_scan",), "heads": (1,), "sizes": (4,), "lengths": (8,)}

@@ -17,6 +17,7 @@ TINY = Config(
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_run_leaves_what_it_says(tmp_path, monkeypatch):
     few = {
         "sampling": ("s4", "gru"),
@@ -60,6 +61,7 @@ def test_the_table_has_means_over_seeds():
     assert "\n| gru | 0.75 | 0.38 |\n| lru | 0.50 | 0.25 |\n" in text and "chance 0.33" in text
 
 
+@pytest.mark.long
 def test_a_model_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
     """The first model's first batch is full of inf. What is written is JSON, and the table has the other alone."""
     run, _, label = timescales.PARTS["sampling"]
@@ -138,6 +140,7 @@ def test_rescaling_is_of_dt_alone():
     assert (half["a"]["dt"] == 1).all() and (half["log_dt_bias"] == 1).all()
 
 
+@pytest.mark.long
 def test_a_continuous_layer_told_of_its_rate_gives_what_it_gave():
     """On a curve without noise: S4 at twice the rate and half the dt ends where it did."""
     t = lambda L: (np.arange(L) + 1)[None, :, None] / L

@@ -82,6 +82,7 @@ def parameters(out):
     return sum(leaf.size for leaf in jax.tree.leaves(restored["params"]))
 
 
+@pytest.mark.long
 def test_killed_in_the_second_and_resumed_a_run_gives_the_same_numbers(whole, tmp_path, monkeypatch):
     out = tmp_path / "killed"
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
@@ -105,6 +106,7 @@ def test_killed_in_the_second_and_resumed_a_run_gives_the_same_numbers(whole, tm
     assert list(more) == ["gru", "lru", "lstm"] and trained == ["lru", "lstm"]
 
 
+@pytest.mark.long
 def test_one_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
     config = replace(TINY, names=("retnet", "gru"), out=tmp_path / "run", steps=5)
     rows = zoo_language.main(config)  # four heads do not divide a width of 6
@@ -117,6 +119,7 @@ def test_one_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
     assert zoo_language.main(replace(config, resume=True)) == rows and trained == ["retnet"], "it is tried again"
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_is_reported(tmp_path):
     config = replace(TINY, names=("gru",), out=tmp_path / "run", learning_rate=1e38, warmup=0)
     row = zoo_language.main(config)["gru"]

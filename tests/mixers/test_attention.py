@@ -111,6 +111,7 @@ def test_sinks_and_window_change_nothing_until_the_cache_is_full(params, impl):
     assert np.abs(got[:, 6] - full[:, 6]).max() > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window, sinks, block, cut", [(4, 2, 3, 1), (9, 3, 256, 8)])
 def test_chunks_in_two_calls_are_the_scan_in_values_state_and_gradients(params, monkeypatch, window, sinks, block, cut):
     """From a cache that is not full, with a cut before or after it fills: the gradients pass through the state."""

@@ -48,6 +48,7 @@ def matrices(kind, weights, x_TD):
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_product_of_matrices_divided_by_its_length_at_the_end(kind, impl):
@@ -184,6 +185,7 @@ def test_nothing_is_added_so_no_tokens_length_matters(kind):
     np.testing.assert_allclose(run(params, factor * x_BTD)[0], run(params, x_BTD)[0], atol=2e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "impl"), [("block", "scan"), ("block", "associative")] + [(kind, "chunk") for kind in KINDS]
 )

@@ -66,6 +66,7 @@ def test_is_the_equation_of_the_paper(impl, block):
     np.testing.assert_allclose(y, reference(params, x, reset, block), atol=1e-5)
 
 
+@pytest.mark.long
 def test_gradients_of_the_forms_agree_with_blocks():
     def gradient(impl):
         mixer, params, x, reset = setup(block=4, impl=impl)

@@ -74,6 +74,7 @@ def test_initial_recurrent_kernels_are_orthogonal():
     assert not np.allclose(kernels[0], kernels[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
 def test_newton_equals_scan(jacobian):
     with jax.enable_x64(True):

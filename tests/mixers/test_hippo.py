@@ -42,6 +42,7 @@ def test_is_the_cell_of_the_paper_around_the_memory(measure, discretisation):
         assert state.position_B == 12
 
 
+@pytest.mark.long
 def test_remembers_a_first_token_at_any_distance():
     """By legs the last output's gradient in the first token falls like 1 / T, by legt it is gone past the window."""
     found = {}

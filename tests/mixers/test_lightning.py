@@ -67,6 +67,7 @@ def test_turns_are_exact_however_many(x64):
             assert np.abs(phase(m) * phase(n) - phase(m + n)).max() < 2e-6
 
 
+@pytest.mark.long
 def test_lrpe_in_forms_and_pieces_across_resets():
     """Outputs, last state and gradients: the whole by `scan`, and two pieces, one longer than a chunk, by `chunk`."""
     rng = np.random.default_rng(0)

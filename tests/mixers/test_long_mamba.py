@@ -23,6 +23,7 @@ def trained(T, batch=2):
     return params, x_BTD
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", IMPLS)
 def test_without_a_context_it_is_mamba(impl):
     params, x_BTD = trained(70)
@@ -106,6 +107,7 @@ def test_one_call_calibrates_a_model(scan_layers):
         long.apply(variables, more)
 
 
+@pytest.mark.long
 def test_skipping_streams_and_resets_in_every_form():
     params, x_BTD = trained(70)
     reset_BT = jnp.zeros((2, 70), bool).at[0, [20, 21]].set(True)

@@ -154,6 +154,7 @@ def test_initial_steps_and_outputs():
     assert abs(np.std(p["C"]) - 1) < 0.05 and abs(np.std(p["D"]) - 1) < 0.05
 
 
+@pytest.mark.long
 def test_gradients_without_resets_are_those_of_the_recurrence():
     """The FFT over all tokens, with an incoming state."""
     with jax.enable_x64(True):

@@ -76,6 +76,7 @@ def test_initial_parameters():
     assert not np.allclose(kernels[0], kernels[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
 def test_newton_equals_scan(jacobian):
     with jax.enable_x64(True):

@@ -74,6 +74,7 @@ def test_the_pool_is_first_in_first_out_and_read_when_forgotten(impl):
     assert (np.abs(c_BTK).max(-1) > 0).mean() > 0.5, "the test itself"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("taus", [{"tau1": 1.0}, {"tau2": 1.0}, {"tau1": 1.0, "tau2": 1.0}])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_with_thresholds_of_1_it_is_mamba(impl, taus):
@@ -104,6 +105,7 @@ def first_token_counts(name, T, **fields):
     return np.abs(jax.jit(gradient)(x_BTD)[0, 0]).max()
 
 
+@pytest.mark.long
 def test_a_note_lasts_where_the_state_forgets():
     near, far = (first_token_counts("mem_mamba", T, pool_size=2) for T in (100, 1000))
     assert near > 1e-6 and far > 0.1 * near

@@ -76,6 +76,7 @@ def test_each_reservoir_forgets_at_its_own_radius():
     assert (size_TM[1:] <= size_TM[:-1] * np.asarray(radius_M) * (1 + 1e-4)).all()
 
 
+@pytest.mark.long
 def test_the_outer_rings_remember_longer_and_all_together_most():
     """r^2 of a linear readout of the input k tokens ago, of each reservoir's units alone and of all of them."""
     mixer, variables = initialised(D=1, units=30, input_scale=0.1)

@@ -70,6 +70,7 @@ def test_the_cyclic_one_hands_on_what_it_has_seen():
         np.testing.assert_allclose(h_TN[t], np.roll(h_TN[0], t), rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_two_starts_come_together_as_the_condition_says(residual):
     """Sufficient: at least so fast under any input. Necessary: exactly so fast without input near 0, or not at all."""

@@ -57,6 +57,7 @@ def test_is_the_layer_of_the_paper(measure, impl):
     np.testing.assert_allclose(y_BTD[0], a / (1 + np.exp(-b)), atol=2e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("measure", MEASURES)
 def test_the_convolution_is_the_recurrence_of_a_long_sequence(measure):
     """dt from 1e-3 to 1e-1, before gelu, relative to the largest output of a feature. By the kernel in one piece legt
@@ -106,6 +107,7 @@ def test_the_convolution_is_the_recurrence(measure):
         np.testing.assert_allclose(last.x_BDN, want.x_BDN, atol=2e-5 * np.abs(want.x_BDN).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("measure", ["legt", "fout"])
 def test_gradients_of_the_convolution_are_those_of_the_recurrence(measure):
     """Without resets, with rank 2, and with poles on the unit circle; the incoming state's too."""

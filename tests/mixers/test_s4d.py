@@ -64,6 +64,7 @@ def test_an_impulse_shows_the_kernel(impl, discretisation):
     np.testing.assert_allclose(jax.jit(mixer.apply)(params, x)[0], a / (1 + np.exp(-b)), atol=1e-5)
 
 
+@pytest.mark.long
 def test_gradients_without_resets_are_those_of_the_recurrence():
     """The FFT over all tokens, with an incoming state; and bilinear steps."""
     with jax.enable_x64(True):

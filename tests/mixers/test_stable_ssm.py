@@ -103,6 +103,7 @@ def gradients_over_weight(kind, decays):
     return np.abs(np.array(gradients) / w)
 
 
+@pytest.mark.long
 def test_the_gradient_over_weight_is_bounded_for_best_alone():
     """|f'(w)| / (f(w)^2 |w|): 2 for 'best'; e^-w / |w| for 'exp', and |w|^-3 for 'direct', as memory gets longer."""
     decays = (-0.5, -0.03, -0.001)

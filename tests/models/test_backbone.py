@@ -132,6 +132,7 @@ def plain_result(long_params, tokens_BT):
     return loss(small(layers=4))(long_params, tokens_BT, state, reset_BT), (state, reset_BT)
 
 
+@pytest.mark.long
 def test_remat_changes_nothing(long_params, tokens_BT, plain_result):
     want, rest = plain_result
     close(loss(small(layers=4, remat=True))(long_params, tokens_BT, *rest), want)

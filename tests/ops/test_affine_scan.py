@@ -80,6 +80,7 @@ def test_gradient_is_the_difference_quotient(impl, kind):
         np.testing.assert_allclose(slope, (f(1e-5)[0][0] - f(-1e-5)[0][0]) / 2e-5, rtol=1e-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", ("associative", "chunk"))
 def test_second_derivatives_are_those_of_the_scan(impl):
     *arrays, reset = make("real")

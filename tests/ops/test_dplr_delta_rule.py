@@ -109,6 +109,7 @@ def test_forms_agree(impl, per_key, decay):
             check(impl, make(case, decay, per_key, seed), reset, np.float32, 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
 @pytest.mark.parametrize("impl", ("associative", "chunk"))
 def test_forms_agree_in_float64(impl, per_key):
@@ -118,6 +119,7 @@ def test_forms_agree_in_float64(impl, per_key):
                 check(impl, make(case, decay, per_key, seed), some_resets(), np.float64, 1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", FORMS)
 def test_the_delta_rule_is_a_case(impl):
     """a = exp(log_decay) k, b = -beta k, beta k for k: outputs, states and gradients, in what both have."""
@@ -164,6 +166,7 @@ def test_what_is_read_has_not_decayed():
     np.testing.assert_allclose(last[0, 0], np.outer(e[2], S[0, 0, 1]), rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", (1, 2, CHUNK - 1, CHUNK, CHUNK + 1))
 def test_any_length(length):
     arrays = {key: x[:, :length] if key != "S" else x for key, x in make("rwkv7", "mixed").items()}
@@ -172,6 +175,7 @@ def test_any_length(length):
     assert relative(got[0], want[0]) < 1e-5 and relative(got[1], want[1]) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", (1, 7, 24, 40))
 def test_any_chunk(chunk):
     arrays = make("rwkv7", "mixed")
@@ -217,6 +221,7 @@ def test_no_decay_is_a_decay_of_zero():
         assert relative(none[0], zero[0]) < 1e-5 and relative(none[1], zero[1]) < 1e-5
 
 
+@pytest.mark.long
 def test_chunk_is_twice_differentiable():
     """The gradient of the squared norm of the gradient is that of the definition."""
     arrays = {key: x[:, :19].astype("f") if key != "S" else x.astype("f") for key, x in make("rwkv7", "weak").items()}
@@ -231,6 +236,7 @@ def test_chunk_is_twice_differentiable():
         assert relative(gradient, want[key]) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
 def test_no_state_per_token_and_linear_growth(per_key):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)

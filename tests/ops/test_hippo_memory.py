@@ -76,6 +76,7 @@ def test_forms_agree_with_the_equation(measure, rule, timescale):
             np.testing.assert_allclose(got, want, atol=1e-10 * np.abs(want).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", ("scan", "associative"))
 def test_legs_in_float32_does_not_drift(impl):
     """Rounding of 4,096 steps stays that of a few."""

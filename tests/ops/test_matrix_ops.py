@@ -127,6 +127,7 @@ def test_forms_agree(name, impl, per_key, decay):
             check(name, impl, make(keys, decay, per_key, seed), reset, np.float32, 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
 @pytest.mark.parametrize("impl", ("associative", "chunk"))
 @pytest.mark.parametrize("name", OPS)
@@ -137,6 +138,7 @@ def test_forms_agree_in_float64(name, impl, per_key):
                 check(name, impl, make(keys, decay, per_key, seed), some_resets(), np.float64, 1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPS)
 def test_no_decay_is_a_decay_of_zero(name):
     a = make("random", "weak", False)
@@ -147,6 +149,7 @@ def test_no_decay_is_a_decay_of_zero(name):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", (1, 2, CHUNK - 1, CHUNK, CHUNK + 1))
 @pytest.mark.parametrize("name", OPS)
 def test_any_length(name, length):
@@ -158,6 +161,7 @@ def test_any_length(name, length):
     assert relative(y, want_y) < 1e-5 and relative(S, want_S) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", (1, 7, 24, 40))
 def test_any_chunk(chunk):
     a = make("correlated", "mixed", True)
@@ -258,6 +262,7 @@ def test_bad_arguments_are_named(op):
         call(q, k, v, impl="chunk", chunk=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPS)
 def test_chunk_is_twice_differentiable(name):
     """The gradient of the squared norm of the gradient, in q, k and v, is that of the definition."""
@@ -283,6 +288,7 @@ def test_long_chunks_stay_exact_under_very_strong_decay():
     assert relative(y, want_y) < 1e-5 and relative(S, want_S) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("name", OPS)
 def test_mixed_dtypes_take_the_widest(name, impl):
@@ -306,6 +312,7 @@ def test_a_call_outside_of_jit_compiles_once(name):
     assert compiled == forms._cache_size() > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
 @pytest.mark.parametrize("impl", FORMS)
 def test_the_sum_of_the_weights_is_the_memory_of_ones(impl, per_key):

@@ -144,6 +144,7 @@ def test_forms_agree_in_state_and_gradients(rule):
         assert_close(free, everything(problem(), np.zeros((B, T), bool), "scan", rule))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", ["scan", pytest.param("chunk", marks=pytest.mark.long)])
 def test_pieces_are_the_whole(impl):
     """Chunks are counted from the last reset, wherever calls begin and end."""

@@ -29,6 +29,7 @@ def gradient(op):
     return lambda *args: jax.grad(loss, argnums=tuple(range(len(args))))(*args)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
 @pytest.mark.parametrize("op", (ops.linear_attention, ops.delta_rule), ids=("linear_attention", "delta_rule"))
 def test_no_state_per_token_and_linear_growth(op, per_key):
@@ -64,6 +65,7 @@ def test_the_test_sees_a_state_per_token():
     assert max(math.prod(map(int, shape.split(","))) for shape in shapes) >= B * 512 * H * K * V
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n in memzoo.names() if memzoo.card(n).state == "constant"])
 def test_state_does_not_depend_on_time(name):
     mixer = memzoo.make(name, width=32)

@@ -212,6 +212,7 @@ def test_auto_is_newton_where_loops_are_slow(monkeypatch):
     assert [int(n) for _, n in counts] == [int(counts[0][1]), 32] and counts[0][1] < 10
 
 
+@pytest.mark.long
 def test_blocks_that_do_not_meet_take_no_more_iterations_than_the_full_jacobian():
     """Three heads of two channels, each with a matrix of its own; and channels alone, whose diagonal is exact."""
     T, H, E = 200, 3, 2
@@ -274,6 +275,7 @@ def test_a_state_that_is_not_finite_costs_its_own_sequence_and_no_iterations():
     assert iterations <= 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
 def test_what_is_infinite_is_never_followed_by_numbers(jacobian):
     """An infinite input, an infinite state, and a state that overflows: finite where `scan` is, and equal there."""
@@ -289,6 +291,7 @@ def test_what_is_infinite_is_never_followed_by_numbers(jacobian):
             np.testing.assert_array_equal(np.asarray(got_BTX)[there_BTX], np.asarray(want_BTX)[there_BTX])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
 def test_small_channels_settle_beside_large_ones(jacobian):
     """A channel of size 1e6 beside two that turn and squash; cotangents as far apart."""

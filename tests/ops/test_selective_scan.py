@@ -190,6 +190,7 @@ def largest(executable):
     return max(math.prod(map(int, shape.split(","))) for shape in found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gradient", (False, True), ids=("forward", "gradient"))
 def test_no_state_per_token_and_linear_growth(gradient):
     """Nothing near [B, T, N, D]: the largest tensor has the size of an input or of one chunk of states."""

@@ -79,6 +79,7 @@ def test_forms_are_the_loop(kind, T, cut):
         np.testing.assert_allclose(h, want_h, atol=3e-5 * np.abs(want_h).max(), err_msg=impl)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("impl", FAST)
