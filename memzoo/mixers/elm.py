@@ -10,8 +10,9 @@ With `branches`, the Branch-ELM: each branch sums the synapses of a window of in
 Source: Spieler, Rahaman, Martius, Schoelkopf, Levina, "The Expressive Leaky Memory Neuron: an Efficient and Expressive
 Phenomenological Neuron Model Can Solve Long-Horizon Tasks" (2023), arXiv:2306.16922; squashing and initial values from
 its released code, first version (its second has 1 - exp(-lambda / tau_m) in place of lambda (1 - kappa_m)).
-Differs: a branch's trace is the sum of its synapses' traces, which decay alike; its windows lie on a ring, where the
-code cuts off what goes beyond the last input.
+Differs: a branch's trace is the sum of its synapses' traces, which decay alike. Windows begin at m D / M on a ring of
+the inputs as they come; the code's begin at multiples of ceil(D / M) and end at the last input, after excitatory and
+inhibitory inputs have been interlaced. One hidden layer; no bias in the readout, whose weights begin as Flax's do.
 
 Dims: B batch, T time, D width, M branches, S synapses of each, N memories, F hidden units of the network, J = M + N.
 """

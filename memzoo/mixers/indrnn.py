@@ -5,9 +5,9 @@
 Source: Li, Li, Cook, Zhu, Gao, "Independently Recurrent Neural Network (IndRNN): Building A Longer and Deeper RNN"
 (2018), arXiv:1803.04831, sec. 3.
 Differs: the bound on u, by which an error grows to at most `growth` times itself over T tokens, holds inside the layer,
-where the paper clips weights after each update; a weight beyond it acts as the bound, and has no gradient. W begins as
-in the released code; normalisation belongs to the model. y is always a projection of h, so that width and hidden are
-free.
+where the paper clips weights after each update; a weight beyond it acts as the bound and has no gradient, so that it
+stays where it is, while a clipped one may come back. W begins as in the released code; normalisation belongs to the
+model. y is always a projection of h, so that width and hidden are free.
 
 Dims: B batch, T time, D width, F hidden.
 """

@@ -10,9 +10,10 @@ residual echo state network's. V, W, W_m, W_in, b and O are the collection "rese
 
 Source: Pinna, Ceni, Gallicchio, "Residual Reservoir Memory Networks" (2025), arXiv:2508.09925, and its released code;
 the ring is that of Gallicchio, Ceni, "Reservoir Memory Networks" (ESANN 2024).
-Differs: alpha and beta, which the paper chooses for each task, are `res_esn`'s. W is scaled to its own spectral radius;
-O is uniform on the orthogonal group; W_m, W_in and V are uniform in +-scale / sqrt(inputs). The ring has no bias, which
-is 0 in all of the code's configurations. `newton` turns the inputs instead of m, which then is a sum.
+Differs: alpha and beta, which the paper chooses for each task, are `res_esn`'s, with which h has the necessary half of
+its echo-state condition if O is random or cyclic, and not if it is the identity. W is scaled to its own spectral
+radius; O is uniform on the orthogonal group; W_m, W_in and V are uniform in +-scale / sqrt(inputs). The ring has no
+bias, which is 0 in all of the code's configurations. `newton` turns the inputs instead of m, which then is a sum.
 
 Dims: B batch, T time, D width, M units of the ring, N units.
 """
@@ -50,7 +51,7 @@ class ResRMN(nn.Module):
     width: int
     memory_units: int = 100  # M, in the paper as many as there are tokens
     units: int = 100  # N
-    residual: str = "random"  # O: 'random', 'cyclic', 'identity'
+    residual: str = "random"  # O: 'random', 'cyclic', or 'identity', which wants a smaller alpha: see `echo_state`
     alpha: float = 0.9
     beta: float = 0.2
     spectral_radius: float = 0.9  # of W

@@ -92,12 +92,24 @@ def test_two_starts_come_together_as_the_condition_says(residual):
         np.testing.assert_allclose((size_T[130] / size_T[50]) ** (1 / 80), radius, rtol=2e-2)
 
 
-def test_the_defaults_have_the_necessary_condition():
+@pytest.mark.parametrize("residual", ["random", "cyclic"])
+def test_the_defaults_have_the_necessary_condition(residual):
     """The spectrum of alpha O + beta W, drawn apart and large, is within sqrt(alpha^2 + (beta rho)^2) = 0.918."""
-    mixer = memzoo.make("res_esn", width=D)
+    mixer = memzoo.make("res_esn", width=D, residual=residual)
     init = jax.jit(lambda key: mixer.echo_state(mixer.init(key, jnp.zeros((1, 1, D)))).radius)
     radius = np.array([init(jax.random.key(seed)) for seed in range(5)])
     assert (radius < 0.97).all() and np.abs(np.median(radius) - 0.918) < 0.02
+
+
+def test_with_the_identity_alpha_must_be_smaller():
+    """Its eigenvalues add: the radius is alpha + beta times the largest real part in W's, which is up to 0.9."""
+    for alpha, holds in ((0.9, False), (0.8, True)):
+        mixer = memzoo.make("res_esn", width=D, residual="identity", alpha=alpha)
+        init = jax.jit(lambda key, mixer=mixer: mixer.echo_state(mixer.init(key, jnp.zeros((1, 1, D)))))
+        for seed in range(3):
+            radius, contraction = init(jax.random.key(seed))
+            assert (radius < 1) == holds and contraction > 1
+            assert alpha + 0.1 < radius < alpha + 0.1801
 
 
 @pytest.mark.parametrize(
