@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import decode_speed, op_speed
+from experiments import decode_speed, newton_speed, op_speed
 
 
 @pytest.mark.long
@@ -71,3 +71,33 @@ def test_decode_speed(tmp_path, monkeypatch):
         assert row["us_early"] > 0 and row["us_late"] > 0 and row["bytes_early"] == row["bytes_late"]
     with pytest.raises(ValueError, match="late: expected at least"):
         decode_speed.main(decode_speed.Config(tmp_path / "other", late=10))
+
+
+@pytest.mark.long
+def test_newton_speed(tmp_path):
+    """The second length would take longer than a call may."""
+    config = newton_speed.Config(tmp_path, ("gru", "slstm"), (8,), (6, 10**9), repeats=1)
+    rows = newton_speed.main(config)
+    assert rows == [json.loads(line) for line in (tmp_path / "newton_speed.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 2 and (tmp_path / "newton_speed.png").stat().st_size > 1000
+    for row in rows:
+        if row["T"] == 6:
+            assert row["times_scan"] > 0 and 2 <= row["iterations"] <= 6 and row["left_out"] == []
+        else:
+            assert row["ms"] == {} and row["left_out"] == ["scan", "newton"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"names": ("mamba",)}, "names: unknown name 'mamba'"),
+        ({"states": (8, 6)}, "states: expected a multiple of 4, and of 32 above it, got 6"),
+        ({"states": (48,)}, "states: expected a multiple of 4, and of 32 above it, got 48"),
+        ({"lengths": (0,)}, "lengths: expected an integer >= 1, got 0"),
+        ({"jacobian": "ful"}, "jacobian: expected one of .*did you mean full"),
+    ],
+)
+def test_newton_speed_refuses_bad_fields_before_anything_is_measured(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        newton_speed.main(newton_speed.Config(tmp_path / "new", **fields))
+    assert not (tmp_path / "new").exists()
