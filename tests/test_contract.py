@@ -70,7 +70,7 @@ FIELDS = {
     "ttt_linear": {"heads": 3, "head_dim": 8, "chunk": 10, "step": 0.3},
     "ttt_mlp": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "step": 0.3},
     "titans": {"heads": 3, "key_dim": 5, "value_dim": 7, "hidden": 6, "persistent": 4, "chunk": 10},
-    "moneta": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "step": 0.3, "gate_rank": 7},
+    "moneta": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "gate_rank": 7},
     "yaad": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "step": 0.3, "gate_rank": 7},
     "memora": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "gate_rank": 7},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},

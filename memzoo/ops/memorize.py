@@ -157,6 +157,6 @@ def _all(gates, dtype):
     """All gates, alpha as [B, T, H, R or 1]."""
     like = gates.theta_BTH
     one, zero = jnp.ones(like.shape, dtype), jnp.zeros(like.shape, dtype)
-    rest = zip(gates[1:], (zero, zero, one, one), strict=True)
-    theta, eta, alpha, rate, gamma = like, *(default if gate is None else gate for gate, default in rest)
+    defaults = (like, zero, zero, one, one)
+    theta, eta, alpha, rate, gamma = (default if g is None else g for g, default in zip(gates, defaults, strict=True))
     return theta, eta, alpha if alpha.ndim == 4 else alpha[..., None], rate, gamma
