@@ -20,6 +20,7 @@ Dims: B batch, T time, D width, F and G hidden, H heads, K key and value, J chan
 blocks, W window, P = W - 1 past inputs, Z vocabulary.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -132,6 +133,48 @@ class ScalarBlock(nn.Module):
         return x_BTD + self.out(nn.gelu(gate_BTG, approximate=False) * up_BTG), state
 
 
+def blocks(
+    width: int,
+    layers: int,
+    ratio: str = "7:1",
+    slstm_at: tuple[int, ...] | None = None,
+    heads: int = 4,
+    inner: int | None = None,
+    hidden: int | None = None,
+    qkv_block: int = 4,
+    conv_width: int = 4,
+    impl: str = "auto",
+    slstm_impl: str = "auto",
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> list[tuple[Any, FrozenDict]]:
+    """The class of each layer of a stack and its fields, after checking what XLSTM, which has these fields, says."""
+    contract.positive(width=width, layers=layers, conv_width=conv_width)
+    check_impl("xlstm", impl, FORMS)
+    F = -(-width // 32) * 64 if inner is None else inner
+    G = -(-13 * width // 640) * 64 if hidden is None else hidden
+    contract.positive(hidden=G)
+    contract.divisible("inner", F, "heads", heads)
+    contract.divisible("inner", F, "qkv_block", qkv_block)
+    if slstm_at is not None and not all(contract.whole_number(l) and 0 <= l < layers for l in slstm_at):
+        raise ValueError(f"slstm_at: expected layers in 0 ... {layers - 1}, got {slstm_at}")
+    scalar = full_layers(ratio, layers) if slstm_at is None else [l in slstm_at for l in range(layers)]
+
+    kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+    cell = {"width": width, "heads": heads, "conv_width": conv_width, **kinds}
+    matrix = {**cell, "inner": F, "qkv_block": qkv_block, "layers": layers, "impl": impl}
+    found: list[tuple[Any, FrozenDict]] = []
+    for l in range(layers):
+        if not scalar[l]:
+            found.append((MatrixBlock, FrozenDict(matrix)))
+            continue
+        mixer = {**cell, "impl": slstm_impl, "depth": l / max(1, layers - 1)}
+        zoo.make("slstm", parent=None, **mixer).sizes()
+        own = {"mixer_fields": FrozenDict(mixer), "hidden": G, "layers": layers, **kinds}
+        found.append((ScalarBlock, FrozenDict(own)))
+    return found
+
+
 class XLSTM(nn.Module):
     """xLSTM[a:b]: tokens_BT -> (logits_BTZ, state). Logits are float32, or float64 when `dtype` is. The state is a
     tuple of the layers' states, batch first.
@@ -158,43 +201,15 @@ class XLSTM(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        contract.positive(vocab=self.vocab, width=self.width, layers=self.layers, conv_width=self.conv_width)
-        check_impl("xlstm", self.impl, FORMS)
-        if self.slstm_at is not None:
-            object.__setattr__(self, "slstm_at", tuple(self.slstm_at))
-            if not all(contract.whole_number(l) and 0 <= l < self.layers for l in self.slstm_at):
-                raise ValueError(f"slstm_at: expected layers in 0 ... {self.layers - 1}, got {self.slstm_at}")
-        for kind, fields in self.blocks():
-            if kind is ScalarBlock:
-                kind(**fields, parent=None).initial_state(1)
+        contract.positive(vocab=self.vocab)
+        object.__setattr__(self, "slstm_at", None if self.slstm_at is None else tuple(self.slstm_at))
+        self.blocks()
         super().__post_init__()
-
-    def sizes(self) -> tuple[int, int]:
-        """(F, G)"""
-        F = -(-self.width // 32) * 64 if self.inner is None else self.inner
-        G = -(-13 * self.width // 640) * 64 if self.hidden is None else self.hidden
-        contract.divisible("inner", F, "heads", self.heads)
-        contract.divisible("inner", F, "qkv_block", self.qkv_block)
-        contract.positive(hidden=G)
-        return F, G
 
     def blocks(self) -> list[tuple[Any, FrozenDict]]:
         """The class of each layer and its fields."""
-        if self.slstm_at is None:
-            scalar = full_layers(self.ratio, self.layers)
-        else:
-            scalar = [l in self.slstm_at for l in range(self.layers)]
-        F, G = self.sizes()
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        cell = {"width": self.width, "heads": self.heads, "conv_width": self.conv_width, **kinds}
-        sizes = {"inner": F, "qkv_block": self.qkv_block, "layers": self.layers}
-        matrix: FrozenDict = FrozenDict({**cell, **sizes, "impl": self.impl})
-        blocks = []
-        for l in range(self.layers):
-            mixer: FrozenDict = FrozenDict({**cell, "impl": self.slstm_impl, "depth": l / max(1, self.layers - 1)})
-            own: FrozenDict = FrozenDict({"mixer_fields": mixer, "hidden": G, "layers": self.layers, **kinds})
-            blocks.append((ScalarBlock, own) if scalar[l] else (MatrixBlock, matrix))
-        return blocks
+        names = inspect.signature(blocks).parameters
+        return blocks(**{name: getattr(self, name) for name in names})
 
     def initial_state(self, batch: int) -> tuple[Any, ...]:
         return tuple(kind(**fields, parent=None).initial_state(batch) for kind, fields in self.blocks())
