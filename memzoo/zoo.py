@@ -193,11 +193,11 @@ def card(name: str) -> Card:
     return _BY_NAME[name]
 
 
-def make(name: str, *, width: int, **fields: Any) -> Any:
+def make(name: str, /, *, width: int, **fields: Any) -> Any:
     """A mixer by name, as a flax.linen.Module. Fields default to the paper's values, or the file says why not.
 
-    width: D, the size of the last axis in and out. fields: the module's own, listed in its class, and Flax's `parent`
-    (None makes a mixer that belongs to no other module, wherever it is made).
+    width: D, the size of the last axis in and out. fields: the module's own, listed in its class, and Flax's `name`, of
+    its parameters in the module it is made in, and `parent` (None: it belongs to none, wherever it is made).
     Raises ValueError for an unknown name, field or `impl`, with the nearest ones, and for sizes that do not fit;
     NotImplementedError for an `impl` that the architecture does not have.
     """
@@ -205,7 +205,7 @@ def make(name: str, *, width: int, **fields: Any) -> Any:
     flax_class = getattr(importlib.import_module(row.module), row.flax_class)
     known = [field for field in flax_class.__dataclass_fields__ if field not in ("parent", "name")]
     for field in fields:
-        if field not in (*known, "parent"):
+        if field not in (*known, "parent", "name"):
             raise ValueError(f"{field}: {name} has no such field; {nearest(field, known)}")
     check_impl(name, fields.get("impl", "auto"), row.forms)
     alone = flax_class(**{**fields, "width": width, "parent": None})

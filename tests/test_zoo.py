@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -108,3 +109,13 @@ def test_numbers_that_are_none_are_refused_by_name(name):
             for value in (math.nan, math.inf, "1"):
                 with pytest.raises(ValueError, match=f"{field.name}.*: expected"):
                     memzoo.make(name, width=12, **{field.name: value})
+
+
+def test_inside_another_module_a_mixer_can_have_a_name():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x_BTD):
+            return memzoo.make("gru", width=6, name="second")(memzoo.make("gru", width=6, name="first")(x_BTD)[0])
+
+    shapes = jax.eval_shape(Two().init, jax.random.key(0), jnp.zeros((1, 1, 6)))
+    assert set(shapes["params"]) == {"first", "second"}
