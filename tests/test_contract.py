@@ -73,6 +73,10 @@ FIELDS = {
     "moneta": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "gate_rank": 7},
     "yaad": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "step": 0.3, "gate_rank": 7},
     "memora": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "gate_rank": 7},
+    "omega_net": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10},
+    # Newton-Schulz' iteration makes rounding 480 times as large where the momentum is of low rank.
+    "atlas": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10, "step": 0.03},
+    "dot": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
     "hax": {"head_dim": 6, "state_size": 5, "bucket_keys": 7, "selected_keys": 9, "bits": 3},
     "gam": {"slots": 7},

@@ -29,7 +29,21 @@ from jax import lax
 from memzoo import contract
 from memzoo.contract import positive
 from memzoo.ops.checks import check_impl, check_shapes
-from memzoo.ops.memory import HEADS, Apply, Gates, MemoryState, Rule, Weights, add, each, memory_state, read, rows, seen
+from memzoo.ops.memory import (
+    HEADS,
+    Apply,
+    Gates,
+    MemoryState,
+    Rule,
+    Weights,
+    add,
+    each,
+    kept,
+    memory_state,
+    read,
+    rows,
+    seen,
+)
 from memzoo.ops.memory_chunk import chunks
 
 FORMS = ("scan", "chunk")
@@ -118,7 +132,7 @@ def step(memory, objective, rule, chunk, A0, fixed, state, q_K, k_K, v_V, theta,
     y_V = read(memory, each(rule.weights, A), q_K, fixed)
     less = lambda W: {name: W[name] - A0[name] for name in W}
     place = (state.place_B + 1) % chunk
-    past = k_PK[1:], v_PV[1:], gamma_P[1:]
+    past = kept(gamma_P[1:], k_PK[1:], v_PV[1:])
     return MemoryState(less(A), S if state.S else {}, less(anchor) if state.anchor else {}, *past, place), y_V
 
 

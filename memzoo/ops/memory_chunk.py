@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memzoo.ops.memory import HEADS, MemoryState, add, each, read, rows, seen
+from memzoo.ops.memory import HEADS, MemoryState, add, each, kept, read, rows, seen
 
 
 def chunks(memory, objective, rule, A0, fixed, state, xs, reset_BT, C, aligned):
@@ -78,19 +78,19 @@ def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV,
     came_Z, momentum_Z, fresh_Z = jnp.eye(3, write_CZ.shape[1], dtype=theta_C.dtype)
     eta_C, rate_C = jnp.where(reset_C, 0, jnp.where(there_C, eta_C, 1)), jnp.where(there_C, rate_C, 0)
     stay_CR = jnp.where(there_C[:, None], 1 - alpha_CR, 1)
-    kept_CCR = _products(jnp.concatenate([eta_C[:, None], jnp.where(reset_C[:, None], 0, stay_CR)], axis=1))
-    S_CZ = kept_CCR[..., 0] @ write_CZ.at[0].add(eta_C[0] * momentum_Z)
+    left_CCR = _products(jnp.concatenate([eta_C[:, None], jnp.where(reset_C[:, None], 0, stay_CR)], axis=1))
+    S_CZ = left_CCR[..., 0] @ write_CZ.at[0].add(eta_C[0] * momentum_Z)
 
-    def decayed(start_XR, fresh_XR, x_CXR, stay_CR, kept_CCR):
+    def decayed(start_XR, fresh_XR, x_CXR, stay_CR, left_CCR):
         """A_t = stay_t A_{t-1} - rate_t x_t, from `start` and, at resets, from `fresh`."""
         before_CXR = jnp.where(reset_C[:, None, None], fresh_XR, 0).at[0].add(jnp.where(reset_C[0], 0, start_XR))
         x_CXR = stay_CR[:, None] * before_CXR - rate_C[:, None, None] * x_CXR
-        return jnp.einsum("tir,ixr->txr", kept_CCR, x_CXR)
+        return jnp.einsum("tir,ixr->txr", left_CCR, x_CXR)
 
-    kept_CCR, came_Z1 = kept_CCR[..., 1:], (came_Z + fresh_Z)[:, None]
+    left_CCR, came_Z1 = left_CCR[..., 1:], (came_Z + fresh_Z)[:, None]
     S_CZR = jnp.broadcast_to(S_CZ[..., None], (*S_CZ.shape, stay_CR.shape[1]))
-    a = rows(decayed(came_Z1, fresh_Z[:, None], S_CZR, stay_CR, kept_CCR), A0)
-    stay, kept = rows(stay_CR, A0), rows(kept_CCR, A0)
+    a = rows(decayed(came_Z1, fresh_Z[:, None], S_CZR, stay_CR, left_CCR), A0)
+    stay, left = rows(stay_CR, A0), rows(left_CCR, A0)
     before = {name: jnp.stack([W, state.S.get(name, jnp.zeros_like(W)), A0[name]]) for name, W in state.A.items()}
 
     def gradients(anchor):
@@ -121,7 +121,7 @@ def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV,
         flip = lambda W_OI: jnp.swapaxes(W_OI, -1, -2)
         d_CIO = flip(rule.direction(form(S_CZ[..., None], known, name)))
         start_IO = flip(before[name][0] + A0[name])
-        return flip(decayed(start_IO, flip(A0[name]), d_CIO, stay[name], kept[name]))
+        return flip(decayed(start_IO, flip(A0[name]), d_CIO, stay[name], left[name]))
 
     def there(known):
         """What has been reached where the next chunk begins, as it differs from A_0."""
@@ -167,7 +167,7 @@ def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV,
 
     tail = lambda z_E: lax.dynamic_slice_in_dim(z_E, count, P)
     same_P = tail(sequence_E) == sequence_C[-1]
-    past = [jnp.where(same_P.reshape(-1, *[1] * (z.ndim - 1)), tail(z), 0) for z in (k_EK, v_EV, gamma_E)]
+    past = kept(jnp.where(same_P, tail(gamma_E), 0), tail(k_EK), tail(v_EV))
     since = jnp.where(sequence_C[-1] > 0, -jnp.max(jnp.where(reset_C, c, 0)), state.place_B)
     return MemoryState(A, S, anchor, *past, (since + count).astype(jnp.int32) % C), y_CV
 
