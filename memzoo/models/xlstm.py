@@ -36,6 +36,7 @@ from memzoo.models.backbone import LanguageModel, Place, begin, embed, logits
 from memzoo.models.hybrid import full_layers
 from memzoo.ops.checks import check_impl
 from memzoo.ops.initial import within
+from memzoo.ops.rotary import turn
 
 FORMS = ("scan", "associative", "chunk")
 
@@ -51,7 +52,7 @@ def layer_norm(block: Any, name: str | None = None) -> nn.LayerNorm:
 
 
 class MatrixBlock(nn.Module):
-    """The mLSTM block: x_BTD, state, reset_BT -> x_BTD, state."""
+    """The mLSTM block: x_BTD, state, reset_BT -> x_BTD, state; q and k turn by the places of tokens, if given."""
 
     width: int
     layers: int
@@ -62,6 +63,7 @@ class MatrixBlock(nn.Module):
     impl: str
     dtype: DTypeLike
     param_dtype: DTypeLike
+    rotary_base: float = 10_000.0
 
     def initial_state(self, batch: int) -> MatrixState:
         (H, F), wide = (self.heads, self.inner), contract.state_dtype(self.dtype)
@@ -70,7 +72,7 @@ class MatrixBlock(nn.Module):
         return MatrixState(jnp.zeros((batch, self.conv_width - 1, F), wide), mlstm.State(*memory))
 
     @nn.compact
-    def __call__(self, x_BTD, state, reset_BT):
+    def __call__(self, x_BTD, state, reset_BT, place_BT=None):
         (B, T, D), (H, F, J), W = x_BTD.shape, (self.heads, self.inner, self.qkv_block), self.conv_width
         past_BPF, memory = self.initial_state(B) if state is None else state
         K = F // H
@@ -86,6 +88,9 @@ class MatrixBlock(nn.Module):
         W_3MJJ = self.param("qkv", small(D), (3, F // J, J, J), self.param_dtype).astype(self.dtype)
         seen = jnp.stack([c_BTF, c_BTF, u_BTF]).reshape(3, B, T, F // J, J)
         qkv = jnp.einsum("nbtmi,nmij->nbtmj", seen, W_3MJJ)
+        if place_BT is not None:
+            turned = (turn(z.reshape(B, T, 1, F), place_BT, self.rotary_base).reshape(z.shape) for z in qkv[:2])
+            qkv = jnp.stack([*turned, qkv[2]])
         q_BTHK, k_BTHK, v_BTHK = qkv.reshape(3, B, T, H, K)
         all_BTX = jnp.moveaxis(qkv, 0, 2).reshape(B, T, 3 * F)
         i_BTH, f_BTH = (self.gate(name, init)(all_BTX) for name, init in (("input", normal), ("forget", rising)))
