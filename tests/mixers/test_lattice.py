@@ -1,0 +1,99 @@
+"""Lattice: its update is orthogonal to every slot and the gradient of its loss, its recurrence, and how it begins.
+
+Dims: T time, D width, H heads, M slots, V value.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memzoo
+from memzoo.mixers import lattice
+from tests.miras import sigmoid, silu, unit
+
+T, D, H, M, V = 7, 6, 3, 4, 5
+
+
+def sphere(S_VM):
+    return S_VM / np.linalg.norm(S_VM, axis=0)
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    return sphere(rng.normal(size=(V, M))), rng.normal(size=M), rng.normal(size=V)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+def test_the_change_is_the_gradient_of_its_loss_and_orthogonal_to_every_slot(dtype, tolerance):
+    S_VM, k_M, v_V = (x.astype(dtype) for x in problem())
+
+    def loss(S_VM):
+        return jnp.sum((S_VM / jnp.sqrt(jnp.sum(S_VM**2, axis=0)) @ k_M - v_V) ** 2) / 2
+
+    with jax.enable_x64(dtype == np.float64):
+        both = jax.jit(lambda S_VM: (lattice.change(S_VM, k_M, v_V), jax.grad(loss)(S_VM)))
+        change_VM, gradient_VM = map(np.asarray, both(S_VM))
+    assert change_VM.dtype == dtype
+    np.testing.assert_allclose(change_VM, -gradient_VM, atol=tolerance)
+    np.testing.assert_allclose(np.sum(S_VM * change_VM, axis=0), 0, atol=tolerance)
+
+
+def test_what_is_known_changes_nothing():
+    S_VM, k_M, _ = problem()
+    np.testing.assert_allclose(lattice.change(S_VM, k_M, S_VM @ k_M), 0, atol=1e-6)
+
+
+def test_slots_with_keys_of_their_own_come_to_hold_the_values():
+    """Of length 1, in steps of 1/2: the angle to the value falls with each, and what one learns another keeps."""
+    S_VM, _, _ = problem()
+    values_VM = sphere(np.random.default_rng(1).normal(size=(V, M)))
+    one = jax.jit(lambda S_VM, k_M, v_V: lattice.step(np.zeros((V, M)), S_VM, k_M, k_M, v_V, 0.5)[0])
+    for _ in range(20):
+        for m in range(M):
+            S_VM = np.asarray(one(S_VM, np.eye(M)[m], values_VM[:, m]))
+    np.testing.assert_allclose(S_VM, values_VM, atol=1e-3)
+
+
+def test_is_its_recurrence_written_out():
+    mixer = memzoo.make("lattice", width=D, heads=H, slots=M, value_dim=V, conv_width=1)
+    rng = np.random.default_rng(2)
+    x_1TD = rng.normal(size=(1, T, D)).astype("float32")
+    p = jax.jit(mixer.init)(jax.random.key(0), x_1TD[:, :1])
+    p = jax.tree.map(lambda p: np.float32(p + 0.3 * rng.normal(size=p.shape)), p)
+    y_1TD, state = jax.jit(mixer.apply)(p, x_1TD)
+    p, x_TD = jax.tree.map(np.float64, p["params"]), np.float64(x_1TD[0])
+    qkv_THE = silu(x_TD @ p["qkv"]["kernel"] * p["conv"][0]).reshape(T, H, 2 * M + V)
+    q_THM, k_THM, v_THV = np.split(qkv_THE, [M, 2 * M], axis=-1)
+    beta_TH = sigmoid(x_TD @ p["beta"]["kernel"] + p["beta"]["bias"])
+    y_THV = np.zeros((T, H, V))
+    for h in range(H):
+        slots = list(sphere(p["slots"][h]).T)
+        for t in range(T):
+            k_M = unit(k_THM[t, h])
+            e_V = v_THV[t, h] - sum(k_M[m] * slots[m] for m in range(M))
+            slots = [s + beta_TH[t, h] * k_M[m] * (e_V - s * (s @ e_V)) for m, s in enumerate(slots)]
+            slots = [s / np.linalg.norm(s) for s in slots]
+            y_THV[t, h] = sum(unit(q_THM[t, h])[m] * slots[m] for m in range(M))
+        np.testing.assert_allclose(state.S_BHVM[0, h] + sphere(p["slots"][h]), np.stack(slots, 1), atol=1e-5)
+    y_THV = y_THV / np.sqrt(np.mean(y_THV**2, -1, keepdims=True) + 1e-6) * p["norm"]["scale"]
+    y_THV = y_THV * silu(np.einsum("td,dhv->thv", x_TD, p["gate"]["kernel"]))
+    np.testing.assert_allclose(y_1TD[0], np.einsum("thv,hvd->td", y_THV, p["out"]["kernel"]), atol=1e-5)
+
+
+def test_begins_with_slots_uniform_on_the_sphere():
+    S_HVM = np.asarray(lattice.on_spheres(jax.random.key(0), (4, 16, 64)))
+    np.testing.assert_allclose(np.linalg.norm(S_HVM, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.mean(S_HVM**2, axis=(0, 2)), 1 / 16, rtol=0.35)  # 256 columns
+    assert np.abs(S_HVM.mean(axis=(0, 2))).max() < 0.06
+
+
+def test_bad_fields_are_named():
+    for match, fields in {
+        "width: expected a positive multiple of heads = 4": {"width": 6},
+        "slots: expected an integer >= 1, got 0": {"width": 8, "slots": 0},
+        "value_dim: expected an integer >= 2": {"width": 8, "value_dim": 1},
+        "conv_width: expected an integer >= 1, got 0": {"width": 8, "conv_width": 0},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            memzoo.make("lattice", **fields).initial_state(1)
