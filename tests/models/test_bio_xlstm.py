@@ -24,14 +24,16 @@ RC = np.array(COMPLEMENT)[TOKENS[:, ::-1]]
 WHOLE = np.zeros((B, T), bool)  # one sequence a row
 
 
-def away(params, scale=0.3):
-    return jax.tree.map(lambda p: np.float32(p + scale * rng.standard_normal(p.shape)), params)
+def drawn(model):
+    """Any parameters: the initial ones are tested elsewhere."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    return jax.tree.map(lambda p: (0.5 * rng.standard_normal(p.shape)).astype(p.dtype), shapes)
 
 
 @pytest.fixture(scope="module")
 def dna():
     model = DNAxLSTM(**SIZES, strands=True)
-    params, run = away(jax.jit(model.init)(jax.random.key(0), TOKENS[:, :1])), jax.jit(model.apply)
+    params, run = drawn(model), jax.jit(model.apply)
     return model, params, lambda tokens, reset=WHOLE: np.asarray(run(params, tokens, reset))
 
 
@@ -98,8 +100,8 @@ def test_all_are_seen_from_both_ends_and_sequences_apart(dna):
 
 def test_either_strand_is_one_of_the_two():
     tokens = np.tile(TOKENS[:1], (200, 1))
-    drawn = np.asarray(jax.jit(bio_xlstm.either_strand)(jax.random.key(0), tokens))
-    same, other = (drawn == TOKENS[0]).all(1), (drawn == RC[0]).all(1)
+    either = np.asarray(jax.jit(bio_xlstm.either_strand)(jax.random.key(0), tokens))
+    same, other = (either == TOKENS[0]).all(1), (either == RC[0]).all(1)
     assert np.all(same | other) and 70 < same.sum() < 130
 
 
@@ -110,8 +112,7 @@ PROT = ProtXLSTM(30, D, 2, heads=2, inner=16, start=0, masks=(25, 26), impl="sca
 def prot():
     tokens = rng.integers(4, 25, (B, T)).astype(np.int32)
     tokens[:, [0, 7]], tokens[0, 3], tokens[1, 10] = 0, 25, 26
-    params = away(jax.jit(PROT.init)(jax.random.key(0), tokens[:, :1]))
-    run = jax.jit(PROT.apply)
+    params, run = drawn(PROT), jax.jit(PROT.apply)
     return tokens, params, lambda p, z, state=None, reset=WHOLE, place=None: in_numpy(run(p, z, state, reset, place))
 
 

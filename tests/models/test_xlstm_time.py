@@ -21,8 +21,8 @@ DEVIATION = x_BTD.std((0, 1))
 
 @pytest.fixture(scope="module")
 def model():
-    params = jax.jit(MODEL.init)(jax.random.key(0), x_BTD)["params"]
-    params = jax.tree.map(lambda p: np.float32(p + 0.3 * rng.standard_normal(p.shape)), params)
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), x_BTD)["params"]
+    params = jax.tree.map(lambda p: (0.5 * rng.standard_normal(p.shape)).astype(p.dtype), shapes)
     return params, jax.jit(MODEL.apply)
 
 
