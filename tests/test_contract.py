@@ -74,8 +74,8 @@ FIELDS = {
     "yaad": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "step": 0.3, "gate_rank": 7},
     "memora": {"heads": 3, "head_dim": 8, "chunk": 10, "expansion": 5, "gate_rank": 7},
     "omega_net": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10},
-    # Newton-Schulz' iteration makes rounding 480 times as large where the momentum is of low rank.
-    "atlas": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10, "step": 0.03},
+    # Each step of Newton-Schulz makes rounding, and curvature, 3.4 times as large where the momentum is of low rank.
+    "atlas": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10, "muon_steps": 3},
     "dot": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10},
     "lattice": {"heads": 3, "slots": 5, "value_dim": 7},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
