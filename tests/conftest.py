@@ -22,6 +22,7 @@ def pytest_report_header():
     return f"left out, without {', '.join(missing)}: {', '.join(collect_ignore)}" if missing else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     groups = {}
     for item in items:

@@ -57,7 +57,7 @@ FIELDS = {
     "rwkv7": {"heads": 3, "key_dim": 5, "value_dim": 7, "decay_rank": 4, "rate_rank": 6, "gate_rank": 8},
     "mom": {"heads": 3, "key_dim": 6, "value_dim": 8, "memories": 4, "top_k": 2},
     "liger": {"heads": 6, "key_heads": 3, "head_dim": 4, "window": 17},
-    "lizard": {"heads": 6, "key_heads": 3, "head_dim": 4, "feature_dim": 5, "window": 17, "meta_tokens": 7},
+    "lizard": {"heads": 6, "key_heads": 3, "head_dim": 4, "feature_dim": 7, "window": 17, "meta_tokens": 7},
     "causal_rn": {"hidden": 7, "window": 17},
     "block_linear": {"heads": 3, "key_dim": 6, "value_dim": 7},
     # Rounding to spikes has steps, where no quotient of differences and no bfloat16 can follow: tested on its own.

@@ -88,7 +88,7 @@ def test_equations_are_not_wrapped_and_sentences_are():
         (("--family", "delta-rule"), "error: family: unknown family 'delta-rule'; did you mean delta rule?"),
         (("--card", "gated_delta_net"), "error: name: unknown architecture 'gated_delta_net'; did you mean gated_d"),
         (("--card", "gated_deltanet", "--width", "10"), "error: width: expected a positive multiple of heads = 4"),
-        (("--card", ""), "error: name: unknown architecture ''; there are attention, lstm, gru"),
+        (("--card", ""), "error: name: unknown architecture ''; there are attention, lstm, slstm"),
         (("--family", ""), "error: family: unknown family ''; there are attention, gated rnn"),
         (("--width", "64"), "error: width: expected --card NAME beside it"),
         (("--family", "ssm", "--width", "64"), "error: width: expected --card NAME beside it"),

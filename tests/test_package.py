@@ -63,3 +63,10 @@ sys.exit(pytest.main(["--collect-only", "-q", *strict]))
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "tests/test_contract.py::" in result.stdout and "tests/test_train.py::" not in result.stdout
+
+
+def test_tests_that_share_programs_run_in_one_process(request):
+    """Or every process compiles all of them: pytest-xdist has to see the groups that conftest.py makes."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("only with -n and --dist loadgroup")
+    assert request.node.nodeid.endswith("@test_package.py")

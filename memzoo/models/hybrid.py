@@ -24,6 +24,7 @@ BY_HEIGHT: dict[str, Callable[[int, int], dict[str, float]]] = {
     "hgrn2": lambda l, L: {"lower_bound": l / L},
     "lightning": lambda l, L: {"depth": l / (L - 1) if L > 1 else 0.0},
     "rwkv7": lambda l, L: {"layer": l, "layers": L},
+    "slstm": lambda l, L: {"depth": l / (L - 1) if L > 1 else 0.0},
 }
 
 
