@@ -63,14 +63,15 @@ def test_op_speed_of_architectures(tmp_path):
         assert (row["growth"] is None) == (row["T"] == 4)
 
 
-def test_decode_speed(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode_speed.memzoo, "names", lambda: ("gru", "attention"))
-    rows = decode_speed.main(decode_speed.Config(tmp_path, 8, 2, 3, 9, 5, 1))
+def test_decode_speed(tmp_path):
+    rows = decode_speed.main(decode_speed.Config(tmp_path, ("gru", "attention"), 8, 2, 3, 9, 5, 1))
     assert [row["name"] for row in rows] == ["gru", "attention"]
     for row in rows:
         assert row["us_early"] > 0 and row["us_late"] > 0 and row["bytes_early"] == row["bytes_late"]
     with pytest.raises(ValueError, match="late: expected at least"):
         decode_speed.main(decode_speed.Config(tmp_path / "other", late=10))
+    with pytest.raises(ValueError, match="unknown architecture 'gruu'; did you mean gru"):
+        decode_speed.main(decode_speed.Config(tmp_path / "other", ("gruu",)))
 
 
 @pytest.mark.long
