@@ -13,10 +13,13 @@ Source: Beck, Pöppel, Spanring, Auer, Prudnikova, Kopp, Klambauer, Brandstetter
 Short-Term Memory" (2024), arXiv:2405.04517, sec. 2.2, with the layer around it of its appendix (the post up-projection
 block up to its MLP) and the initial values of its released code.
 Differs: a unit is fresh while its n is 0, and then m_t = i, where the code asks this of all units at once; from its
-first token on n >= 1, and |c| <= n.
+first token on n >= 1, and |c| <= n. `newton` iterates on h, c / n and the log of exp(m) n, which take no maximum:
+with recurrent weights of deviation 1 it settles 1,024 tokens in 26 iterations, and with h, c, n and m it took 941 (4
+heads of 4 units; 9 and 13 as initialised).
 
 Dims: B batch, T time, D width, H heads, K units of a head, D = H K, W window, P = W - 1 past inputs, G gates in the
-order i, f, z, o, E = G K, X = H E: h, c, n and m, head by head. Recurrent kernels [H, K, E] go from units to gates.
+order i, f, z, o, E = G K, X = 3 H K: h, c / n and log n, head by head. Recurrent kernels [H, K, E] go from units to
+gates.
 """
 
 from functools import partial
@@ -31,6 +34,7 @@ from memzoo import contract, ops
 from memzoo.ops.initial import within
 
 LOG_FORGET = {"sigmoid": nn.log_sigmoid, "exp": lambda f: f}
+NOTHING = -1e30  # the log of a normaliser that is 0, but a number
 
 
 class State(NamedTuple):
@@ -117,16 +121,52 @@ class SLSTM(nn.Module):
 
 def scalar_lstm(a_BTHE, R_HKE, cell, reset_BT=None, forget_gate="sigmoid", impl="auto", jacobian="auto"):
     """All T tokens, from the cell (h_BHK, c_BHK, n_BHK, m_BHK). Returns (h_BTHK, cell)."""
-    B, H, K = cell[0].shape
+    if impl == "scan" or (impl == "auto" and jax.default_backend() == "cpu"):
 
-    def token(s_X, a_HE):
-        of_heads = tuple(jnp.moveaxis(s_X.reshape(H, 4, K), 1, 0))
-        return jnp.stack(jax.vmap(partial(step, forget_gate=forget_gate))(of_heads, a_HE, R_HKE), axis=1).ravel()
+        def token(cell, a_HE):
+            cell = jax.vmap(partial(step, forget_gate=forget_gate))(cell, a_HE, R_HKE)
+            return cell, cell[0]
 
-    s_BX = jnp.stack(cell, axis=2).reshape(B, -1)
+        return ops.recur(token, tuple(cell), (a_BTHE,), reset_BT)
+
+    (B, T, H, _), K, X = a_BTHE.shape, R_HKE.shape[1], 3 * R_HKE.shape[0] * R_HKE.shape[1]
+    if reset_BT is None:
+        reset_BT = jnp.zeros((B, T), bool)
+    h_BHK, c_BHK, n_BHK, m_BHK = (jnp.where(reset_BT[:, 0, None, None], 0, s_BHK) for s_BHK in cell)
+    written_BHK = jnp.where(n_BHK == 0, 1, n_BHK)
+    log_n_BHK = jnp.where(n_BHK == 0, NOTHING, jnp.log(written_BHK) + m_BHK)
+
+    def token(s_X, a_fresh):
+        a_HE, fresh = a_fresh
+        h_HK, r_HK, log_n_HK = jnp.moveaxis(s_X.reshape(H, 3, K), 1, 0)
+        log_n_HK = jnp.where(fresh, NOTHING, log_n_HK)
+        heads = jax.vmap(partial(smooth_step, forget_gate=forget_gate))
+        return jnp.stack(heads(h_HK, r_HK, log_n_HK, a_HE, R_HKE), axis=1).ravel()
+
+    s_BX = jnp.stack([h_BHK, c_BHK / written_BHK, log_n_BHK], axis=2).reshape(B, X)
     how: dict[str, Any] = {"impl": impl, "jacobian": jacobian, "blocks": H}
-    s_BTX, s_BX = ops.nonlinear_scan(token, s_BX, a_BTHE, reset_BT, **how)
-    return s_BTX.reshape(B, -1, H, 4, K)[:, :, :, 0], tuple(jnp.moveaxis(s_BX.reshape(B, H, 4, K), 2, 0))
+    s_BTX, _ = ops.nonlinear_scan(token, s_BX, (a_BTHE, reset_BT), reset_BT, **how)
+    h_BTHK, r_BTHK, log_n_BTHK = jnp.moveaxis(s_BTX.reshape(B, T, H, 3, K), 3, 0)
+
+    # Given every h, m is a running maximum, and c and n follow.
+    before_BTHK = jnp.concatenate([h_BHK[:, None], h_BTHK[:, :-1]], axis=1)
+    before_BTHK = jnp.where(reset_BT[..., None, None], 0, before_BTHK)
+    gates_BTHE = a_BTHE + jnp.einsum("bthk,hke->bthe", before_BTHK, R_HKE, precision="highest")
+    i_BTHK, f_BTHK = gates_BTHE[..., :K], gates_BTHE[..., K : 2 * K]
+    rows = lambda x: x.reshape(*x.shape[:-2], H * K)
+    m_BX = jnp.where(n_BHK == 0, -jnp.inf, m_BHK)
+    _, m_BTX = ops.max_scan(rows(LOG_FORGET[forget_gate](f_BTHK)), rows(i_BTHK), rows(m_BX), reset_BT)
+    m_BHK = m_BTX[:, -1].reshape(B, H, K)
+    n_BHK = jnp.exp(log_n_BTHK[:, -1] - m_BHK)
+    return h_BTHK, (h_BTHK[:, -1], r_BTHK[:, -1] * n_BHK, n_BHK, m_BHK)
+
+
+def smooth_step(h_K, r_K, log_n_K, a_E, R_KE, forget_gate="sigmoid"):
+    """The same as `step`, of r = c / n and the log of exp(m) n, without a maximum: it is smooth, as Newton wants it."""
+    i_K, f_K, z_K, o_K = jnp.split(a_E + h_K @ R_KE, 4)
+    kept_K = LOG_FORGET[forget_gate](f_K) + log_n_K
+    r_K = r_K + nn.sigmoid(i_K - kept_K) * (jnp.tanh(z_K) - r_K)
+    return nn.sigmoid(o_K) * r_K, r_K, jnp.logaddexp(kept_K, i_K)
 
 
 def power_law(depth, key, shape, dtype=float):

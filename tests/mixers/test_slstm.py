@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import memzoo
+from memzoo import ops
 from memzoo.mixers import slstm
 
 B, T, D, H, K = 2, 30, 6, 2, 3
@@ -104,6 +105,21 @@ def test_one_unit_that_sees_itself_counts_parity():
     h_BTHK, _ = scalar_lstm(a, R, tuple(np.zeros((4, 1, 1, 1), np.float32)), None, "sigmoid", "scan")
     want = (-1.0) ** np.cumsum(bits)
     np.testing.assert_allclose(h_BTHK[0, :, 0, 0], want, atol=1e-3)
+
+
+@pytest.mark.long
+def test_newton_needs_few_iterations():
+    """Where units see one another strongly and still forget: tens for 1,024 tokens."""
+    rng = np.random.default_rng(3)
+    a_TE, R_KE = rng.normal(size=(1024, 4 * K)), rng.normal(size=(K, 4 * K))
+    a_TE[:, K : 2 * K] += [5, 2, -4]
+
+    def token(s_X, a_E):
+        return jnp.concatenate(slstm.smooth_step(*jnp.split(s_X, 3), a_E, R_KE.astype(np.float32)))
+
+    run = jax.jit(lambda s_BX, a_BTE: ops.newton_scan(token, s_BX, a_BTE)[::2])
+    s_BTX, iterations = run(np.zeros((1, 3 * K), np.float32), a_TE[None].astype(np.float32))
+    assert np.isfinite(s_BTX).all() and iterations < 60
 
 
 @pytest.fixture(scope="module")
