@@ -61,11 +61,11 @@ def test_weights_stay_on_the_scaled_simplex():
         np.testing.assert_allclose(W_HOI.sum(-1), I**0.5, rtol=1e-5)
 
 
-def test_begins_in_the_middle_of_its_steps_and_forgets_a_hundredth():
+def test_begins_in_the_middle_of_its_steps_and_hardly_forgets():
     mixer = memzoo.make("memora", width=64, heads=2)
     p = jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]
     assert not np.any(p["eta"]["bias"])
-    np.testing.assert_allclose(sigmoid(p["alpha"]["bias"]), 0.01, rtol=1e-5)
+    np.testing.assert_allclose(sigmoid(p["alpha"]["bias"]), 1e-4, rtol=1e-4)
     for name in ("W1", "W2"):  # 8,192 numbers each
         np.testing.assert_allclose(np.std(p[name]), 1, rtol=0.05)
 
