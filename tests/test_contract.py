@@ -89,14 +89,16 @@ FIELDS = {
 }
 NAMES = memzoo.names()
 # Trees of products compile slowest, newton after them: they are left to the long tests. Each op tests them by default.
-SLOW = ("associative", "newton")
+# So are most memories that learn while they read, of which titans and ttt_linear have all that the others have.
+SLOW = ("associative", "newton", "ttt_mlp", "moneta", "yaad", "memora", "omega_net", "atlas", "dot")
 
 
 def forms(*but):
     every = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms if impl not in but]
-    return [pytest.param(*form, marks=[pytest.mark.long] if form[1] in SLOW else []) for form in every]
+    return [pytest.param(*form, marks=[pytest.mark.long] if {*form} & {*SLOW} else []) for form in every]
 
 
+EACH = [pytest.param(name, marks=[pytest.mark.long] if name in SLOW else []) for name in NAMES]
 FORMS = forms()
 FASTER = forms("scan")
 
@@ -230,7 +232,7 @@ def since(x, t, change):
     return np.concatenate([x[:, :t], change(x[:, t:])], axis=1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_shapes_and_dtypes(name):
     params, x, state, reset, weights = setup(name)
     found, (y, last) = whole(name, "auto")(params, x, state, reset, weights)
@@ -244,7 +246,7 @@ def test_shapes_and_dtypes(name):
         assert got.dtype in (jnp.float32, jnp.complex64, jnp.int32)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_no_state_is_the_initial_state(name):
     params, x, _, reset, weights = setup(name)
     got = in_numpy(jax.jit(make(name).apply)(params, x))
@@ -342,7 +344,7 @@ def test_causal_and_rows_apart(name, impl):
     assert_close(row(other, 1), row((y, last), 1), 1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_every_parameter_and_every_state_matters(name):
     params, x, state, reset, weights = setup(name)
     found, _ = whole(name, "auto")(params, x, state, np.zeros_like(reset), weights)
@@ -383,7 +385,7 @@ def test_vmap_is_the_batch(name):
     assert_close(got, whole(name, "auto")(params, x, state, np.zeros_like(reset), weights)[1], 1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_bfloat16_stays_near_float32(name):
     """Of the same input: what its own rounding does is the function's affair, and not the computation's."""
     params, x, _, reset, weights = setup(name)

@@ -57,6 +57,7 @@ def test_a_run_leaves_what_it_says(whole):
     assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_what_is_trained_in_each_stage(whole):
     """Low-rank changes of q, k and v: 3 (8 + 8) 2 numbers; Lizard's own: two maps 4 x 2 x 2, a gate of 8, 1 + 4."""
     _, rows = whole

@@ -74,6 +74,7 @@ def test_is_the_product_of_matrices_divided_by_its_length_at_the_end(kind, impl)
         np.testing.assert_allclose(last.h_BNK[b], unit, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", ("associative", "chunk"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_forms_agree_in_every_kind(kind, impl):

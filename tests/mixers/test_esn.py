@@ -97,6 +97,7 @@ def test_a_ridge_readout_recalls_what_came_before():
         assert np.corrcoef(y_BTD[1, 50:, d], target_BTD[1, 50:, d])[0, 1] ** 2 > 0.99
 
 
+@pytest.mark.long
 def test_training_leaves_the_reservoir_as_it_was():
     """To the bit, weight decay included; and each of two scanned layers has its own."""
     optax = pytest.importorskip("optax")

@@ -56,6 +56,7 @@ def test_is_the_equation_of_the_paper(impl, look_ahead):
     np.testing.assert_allclose(y, reference(params, x, reset, look_ahead), atol=1e-5)
 
 
+@pytest.mark.long
 def test_gradients_of_the_forms_agree_when_looking_ahead():
     def gradient(impl):
         mixer, params, x, reset = setup(impl=impl, look_ahead=True)

@@ -138,6 +138,7 @@ def test_remat_changes_nothing(long_params, tokens_BT, plain_result):
     close(loss(small(layers=4, remat=True))(long_params, tokens_BT, *rest), want)
 
 
+@pytest.mark.long
 def test_scanned_layers_are_the_same_function(long_params, tokens_BT, plain_result):
     (want, want_grad), rest = plain_result
     scanned = small(layers=4, scan_layers=True, remat=True, mixers=("gated_deltanet",) * 2)

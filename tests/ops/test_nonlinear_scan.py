@@ -119,6 +119,7 @@ def test_gradient_is_the_finite_difference():
             np.testing.assert_allclose(along, want, rtol=1e-7)
 
 
+@pytest.mark.long
 def test_expanding_dynamics_are_exact_all_the_same():
     T = 40
     with jax.enable_x64(True):
@@ -194,6 +195,7 @@ def test_a_call_that_does_not_settle_falls_back_to_scan():
         assert_close(gradient(few)(w, h_BX, xs["in_X"]), want, 1e-10)
 
 
+@pytest.mark.long
 def test_auto_is_newton_where_loops_are_slow(monkeypatch):
     """On an accelerator, long sequences of small blocks are done by Newton, and right if that does not settle."""
     T, strong = 1024, np.float32(2.5) * np.eye(X, dtype="float32")[::-1]
@@ -314,6 +316,7 @@ def test_small_channels_settle_beside_large_ones(jacobian):
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_step_may_close_over_traced_values_of_any_dtype():
     """h_t = n w h_{t-1}, so h_3 = (n w)^3 h_0, whatever the order of jit, grad and vmap."""
     w_N, n_N = jnp.array([0.5, 2.0]), jnp.array([1, 3])
