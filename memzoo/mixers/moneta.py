@@ -28,10 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
-from memzoo.ops.initial import within
+from memzoo.ops.initial import lecun, within
 from memzoo.ops.standard import standard
 
-lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=0)
 # 1e-4 with each token, to begin with: a change of 1e-5 in the input dies out over 4,096 tokens. With 0.01 it moved the
 # outputs as much as any other would within 1,024, since LN undoes what forgetting takes from the length of weights.
 FORGET = math.log(1e-4 / (1 - 1e-4))

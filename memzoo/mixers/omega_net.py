@@ -27,10 +27,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from memzoo import contract, ops
-from memzoo.ops.initial import within
+from memzoo.ops.initial import lecun, within
 from memzoo.ops.polynomial import polynomial, size, taylor
 
-lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=0)
 FORGET = math.log(0.01 / 0.99)  # 1 % with each token, to begin with
 
 

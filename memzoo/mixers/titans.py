@@ -27,9 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo import contract, ops
-from memzoo.ops.initial import within
-
-lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=0)
+from memzoo.ops.initial import lecun, within
 
 
 class State(NamedTuple):

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 like_torch = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Of a matrix [..., inputs, outputs], whose fan in its shape tells."""
 
+lecun = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=0)
+"""Of a matrix [heads, outputs, inputs] of variance 1 / inputs, as memories that learn while they read have theirs."""
+
 
 def within(bound: float) -> Callable[..., jax.Array]:
     """Uniform in +-bound, an initialiser of any shape: for biases, and for convolutions [W, D], whose fan in is W."""
