@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from memzoo import checkpoint, contract
 from memzoo.ops import Gates, Rule, memorize, unit
-from memzoo.ops.memory import dense
+from memzoo.ops.memory import dense, half_square, mlp
 from memzoo.ops.newton_schulz import newton_schulz
 from memzoo.ops.polynomial import polynomial, size
 
@@ -88,15 +88,9 @@ MEMORIES = {
     "network, Muon": Memory((0.01, 0.03, 0.05), most=8.0, hidden=4, muon=True),
 }
 OBJECTIVES = {
-    "l2": lambda y_V, v_V: jnp.sum((y_V - v_V) ** 2) / 2,
+    "l2": half_square,
     "dot": lambda y_V, v_V: -jnp.vdot(y_V, v_V),
 }
-
-
-def network(layers, apply, x_TN, _):
-    for layer in range(layers):
-        x_TN = apply(str(layer), jax.nn.silu(x_TN) if layer else x_TN)
-    return x_TN
 
 
 def numbers(memory: Memory, d: int, G: int) -> np.ndarray:
@@ -130,9 +124,9 @@ def learn(memory: Memory, d: int, A: Any, k_BTN: jax.Array, v_BTV: jax.Array, n_
         gates = Gates(one_BT1, jnp.where(there_BT1, 0.9, 1.0), rate_BTH=step * one_BT1, gamma_BTH=one_BT1)
     rule = Rule(newton_schulz if memory.muon else None, window=memory.window)
     k_BTHN, v_BTHV = k_BTN[:, :, None], v_BTV[:, :, None]
-    told = partial(network, layers), OBJECTIVES[memory.objective], A, k_BTHN, k_BTHN, v_BTHV, gates, state
+    told = partial(mlp, layers), OBJECTIVES[memory.objective], A, k_BTHN, k_BTHN, v_BTHV, gates, state
     _, state = memorize(*told, rule=rule)
-    read = lambda W, k_TN: network(layers, dense({name: A[name][0] + w[0] for name, w in W.items()}), k_TN, None)
+    read = lambda W, k_TN: mlp(layers, dense({name: A[name][0] + w[0] for name, w in W.items()}), k_TN)
     return state, jnp.sum(unit(jax.vmap(read)(state.A, k_BTN)) * v_BTV, axis=-1)
 
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from memzoo import contract, ops
 from memzoo.ops.initial import lecun, within
+from memzoo.ops.memory import half_square, mlp
 from memzoo.ops.polynomial import polynomial, size, taylor
 
 FORGET = math.log(0.01 / 0.99)  # 1 % with each token, to begin with
@@ -36,17 +37,6 @@ FORGET = math.log(0.01 / 0.99)  # 1 % with each token, to begin with
 class State(NamedTuple):
     memory: ops.MemoryState
     past_BPE: jax.Array
-
-
-def network(layers, apply, x_TN, _):
-    """The memory: matrices with SiLU between. `ops.memorize` has the step that makes it learn."""
-    for layer in range(layers):
-        x_TN = apply(str(layer), nn.silu(x_TN) if layer else x_TN)
-    return x_TN
-
-
-def loss(y_V, v_V):
-    return jnp.sum((y_V - v_V) ** 2) / 2
 
 
 class Dot(nn.Module):
@@ -120,7 +110,7 @@ class Dot(nn.Module):
 
         A = {n: self.param(f"memory_{n}", lecun, shape, self.param_dtype) for n, shape in self.shapes().items()}
         kind: dict[str, Any] = {"rule": ops.Rule(window=self.window), "chunk": self.chunk, "impl": self.impl}
-        learn: Callable[..., Any] = partial(ops.memorize, partial(network, self.memory_layers), loss, **kind)
+        learn: Callable[..., Any] = partial(ops.memorize, partial(mlp, self.memory_layers), half_square, **kind)
         args = A, phi(q_BTHK), phi(k_BTHK), v_BTHV, do, None if fresh else state.memory, reset_BT
         y_BTHV, memory = learn(*args)
 

@@ -28,22 +28,12 @@ import jax.numpy as jnp
 
 from memzoo import contract, ops
 from memzoo.ops.initial import lecun, within
+from memzoo.ops.memory import half_square, mlp
 
 
 class State(NamedTuple):
     memory: ops.MemoryState
     past_BPE: jax.Array
-
-
-def network(depth, apply, x_TK, _):
-    """The memory: `depth` matrices with SiLU between. `ops.memorize` has the step that makes it learn."""
-    for layer in range(depth):
-        x_TK = apply(str(layer), nn.silu(x_TK) if layer else x_TK)
-    return x_TK
-
-
-def loss(y_V, v_V):
-    return jnp.sum((y_V - v_V) ** 2) / 2
 
 
 class Titans(nn.Module):
@@ -106,7 +96,7 @@ class Titans(nn.Module):
         A = {n: self.param(f"memory_{n}", lecun, shape, self.param_dtype) for n, shape in self.shapes().items()}
         step = 1 / self.chunk if self.step is None else self.step
         learn: Callable[..., Any] = partial(
-            ops.memorize, partial(network, self.depth), loss, chunk=self.chunk, impl=self.impl
+            ops.memorize, partial(mlp, self.depth), half_square, chunk=self.chunk, impl=self.impl
         )
 
         def tokens(x_BTD, past_BPE, reset_BT):

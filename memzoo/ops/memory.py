@@ -104,3 +104,15 @@ def rows(z_R, A):
     for name in names[:-1]:
         ends.append((ends[-1] if ends else 0) + A[name].shape[-2])
     return dict(zip(names, jnp.split(z_R, ends, axis=-1), strict=True))
+
+
+def mlp(layers: int, apply: Apply, x_TI: jax.Array, _: Any = None) -> jax.Array:
+    """A memory for `memorize`: matrices by the names "0", "1", ..., with SiLU between."""
+    for layer in range(layers):
+        x_TI = apply(str(layer), jax.nn.silu(x_TI) if layer else x_TI)
+    return x_TI
+
+
+def half_square(y_V: jax.Array, v_V: jax.Array) -> jax.Array:
+    """An objective for `memorize`: |y - v|^2 / 2."""
+    return jnp.sum((y_V - v_V) ** 2) / 2

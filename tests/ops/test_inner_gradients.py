@@ -12,14 +12,11 @@ import pytest
 
 from memzoo.mixers import memora, moneta, yaad
 from memzoo.ops import Gates, memorize
+from memzoo.ops.memory import half_square
 
 K, V, F = 4, 5, 6
 RNG = np.random.default_rng(0)
 ETA, DELTA = RNG.uniform(0.5, 1, V), RNG.uniform(0.2, 0.8, V)
-
-
-def half_square(y_V, v_V):
-    return jnp.sum((y_V - v_V) ** 2) / 2
 
 
 OBJECTIVES = {  # the objective, what it is told besides the value, and its slope in what is read, for the error e
