@@ -13,9 +13,6 @@ import memzoo
 from memzoo import __main__ as command
 
 ROOT = Path(__file__).parents[1]
-# One of each family, as sizes take seconds to work out; the others with the long tests.
-FIRST = {memzoo.card(name).family: name for name in reversed(memzoo.names())}.values()
-CARDS = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.long]) for name in memzoo.names()]
 
 
 @pytest.fixture
@@ -49,7 +46,7 @@ def test_a_family_alone(printed):
     assert tuple(listed) == memzoo.names("delta rule")
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", memzoo.names())
 def test_a_card(printed, name):
     text = printed("--card", name, "--width", "24", columns=200)
     row = memzoo.card(name)
@@ -61,7 +58,7 @@ def test_a_card(printed, name):
     mixer = memzoo.make(name, width=24)
     state = mixer.initial_state(1)
     assert f"state       {sum(leaf.nbytes for leaf in jax.tree.leaves(state)):,} bytes per sequence at width 24" in text
-    params = mixer.init(jax.random.key(0), jax.numpy.zeros((1, 1, 24)))
+    params = jax.eval_shape(mixer.init, jax.random.key(0), jax.numpy.zeros((1, 1, 24)))
     assert f"parameters  {sum(leaf.size for leaf in jax.tree.leaves(params)):,} at width 24" in text
     for field in ("width", "impl = 'auto'", "dtype = float32", "param_dtype = float32"):
         assert re.search(rf"^(fields)? +{field}( |$)", text, re.MULTILINE), field

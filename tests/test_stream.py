@@ -16,7 +16,7 @@ from tests.test_contract import D, all_finite, assert_close, make, setup
 
 T, C = 131_072, 4_096
 CONSTANT = [name for name in memzoo.names() if memzoo.card(name).state == "constant"]
-# Not newton, which holds a matrix for each token: test_newton has 4,096 of them.
+# Not newton, which holds a matrix for each token: test_newton has thousands.
 FORMS = [(name, impl) for name in CONSTANT for impl in memzoo.card(name).forms if impl != "newton"]
 
 
