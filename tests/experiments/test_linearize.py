@@ -142,7 +142,7 @@ def test_a_run_stops_at_what_is_not_finite(tmp_path, monkeypatch):
         linearize.convert(config, corpus, teacher, theirs, "liger")
 
 
-def test_bad_input_is_named(whole, tmp_path):
+def test_bad_input_is_named(tmp_path):
     def refused(match, **fields):
         with pytest.raises(ValueError, match=match):
             linearize.main(replace(TINY, **{"out": tmp_path / "new"} | fields))
@@ -157,5 +157,11 @@ def test_bad_input_is_named(whole, tmp_path):
     refused("width: .*heads = 4, got 18", width=18)
     refused("data: .*does not exist", data=tmp_path / "nowhere.txt")
     refused("resume: expected a run in .*, got none", resume=True)
-    refused("out: .*whole, which holds something already", out=whole[0].out)
-    refused("tune_steps was 10, now 11", out=whole[0].out, resume=True, tune_steps=11)
+
+
+@pytest.mark.long
+def test_a_finished_run_is_neither_overwritten_nor_resumed_as_another(whole):
+    with pytest.raises(ValueError, match="out: .*whole, which holds something already"):
+        linearize.main(replace(TINY, out=whole[0].out))
+    with pytest.raises(ValueError, match="tune_steps was 10, now 11"):
+        linearize.main(replace(TINY, out=whole[0].out, resume=True, tune_steps=11))
