@@ -161,7 +161,7 @@ def test_bad_input_is_named(tmp_path):
 
 @pytest.mark.long
 def test_a_finished_run_is_neither_overwritten_nor_resumed_as_another(whole):
-    with pytest.raises(ValueError, match="out: .*whole, which holds something already"):
+    with pytest.raises(ValueError, match=r"out: .*whole, which holds something already"):
         linearize.main(replace(TINY, out=whole[0].out))
     with pytest.raises(ValueError, match="tune_steps was 10, now 11"):
         linearize.main(replace(TINY, out=whole[0].out, resume=True, tune_steps=11))
