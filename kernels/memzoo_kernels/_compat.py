@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
+def load(ref: Any, layout: Any, **options: Any) -> jax.Array:
     """plgpu.load(ref, layout=layout), for which some releases want an index too."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-    return plgpu.load(ref, *index, layout=layout)
+    return plgpu.load(ref, *index, layout=layout, **options)
