@@ -11,6 +11,8 @@ import pytest
 
 from memzoo.models.hybrid import hybrid
 from memzoo.models.hydra import Hydra
+from memzoo.models.titans_mag import TitansMAG
+from memzoo.models.titans_mal import TitansMAL
 from memzoo.models.transnormer import TransNormer
 from memzoo.models.xlstm import XLSTM
 from memzoo.sample import generate
@@ -34,16 +36,26 @@ def small_hydra(impl, **fields):
     return Hydra(Z, D, 2, fields=mixers, impl=impl, **every, **sizes, **fields)
 
 
+TITANS = {"heads": 2, "persistent": 2, "hidden": 7, "memory": {"chunk": 4, "hidden": 5}}
 # each takes impl, dtype and param_dtype
 MODELS = {
     "hybrid": small_hybrid,
     "hydra": small_hydra,
+    "titans_mag": partial(TitansMAG, Z, D, 2, window=7, **TITANS),
+    "titans_mal": partial(TitansMAL, Z, D, 2, window=7, **TITANS),
     "transnormer": partial(TransNormer, Z, D, 2, heads=2, hidden=7),
     "xlstm": partial(XLSTM, Z, D, 2, "1:1", heads=2, inner=16, hidden=7),
 }
-NAMES = tuple(MODELS)
+LONG = ("titans_mag", "titans_mal")  # which compile slowest: their own tests are quick
 IMPLS = ("scan", "chunk")
-FORMS = [(name, impl) for name in NAMES for impl in IMPLS]
+
+
+def cases(*more):
+    marks = {name: pytest.mark.long if name in LONG else () for name in MODELS}
+    return [pytest.param(name, *rest, marks=marks[name]) for name in MODELS for rest in itertools.product(*more)]
+
+
+NAMES, FORMS = cases(), cases(IMPLS)
 
 
 def make(name, impl="auto", dtype=jnp.float32, param_dtype=None):
