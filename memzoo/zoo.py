@@ -29,6 +29,7 @@ class Card(NamedTuple):
 
 BEGIN, END = "<!-- table begins -->\n", "<!-- table ends -->\n"
 _LINEAR = ("scan", "associative", "chunk")
+_KERNEL = (*_LINEAR, "pallas")
 
 # fmt: off
 _CARDS = (
@@ -74,7 +75,7 @@ _CARDS = (
          _LINEAR, "a trained Mamba whose slow channels skip tokens of small step, for longer contexts", "LongMamba"),
     Card("mem_mamba", "ssm", "MemMamba: Rethinking Memory Patterns in State Space Model", "2510.03279", "constant",
          ("scan", "chunk"), "Mamba, a pool of notes on important tokens, and attention to it", "MemMamba"),
-    Card("mamba2", "ssm", "Transformers are SSMs", "2405.21060", "constant", _LINEAR,
+    Card("mamba2", "ssm", "Transformers are SSMs", "2405.21060", "constant", _KERNEL,
          "state-space duality: one input-dependent decay per head", "Mamba2"),
     Card("hippo", "ssm", "HiPPO: Recurrent Memory with Optimal Polynomial Projections", "2008.07669", "constant",
          ("scan", "newton"), "a gated RNN around a memory of all its past, kept as a polynomial", "HiPPO"),
@@ -92,9 +93,9 @@ _CARDS = (
          "a real diagonal recurrence with a recurrence gate and an input gate", "RGLRU"),
     Card("stable_ssm", "ssm", "StableSSM", "2311.14495", "constant", _LINEAR,
          "a diagonal SSM whose decays are a function of the weights that suits gradient descent", "StableSSM"),
-    Card("linear_attention", "linear attention", "Transformers are RNNs", "2006.16236", "constant", _LINEAR,
+    Card("linear_attention", "linear attention", "Transformers are RNNs", "2006.16236", "constant", _KERNEL,
          "positive feature maps, a matrix memory and its normaliser", "LinearAttention"),
-    Card("retnet", "linear attention", "Retentive Network", "2307.08621", "constant", _LINEAR,
+    Card("retnet", "linear attention", "Retentive Network", "2307.08621", "constant", _KERNEL,
          "a fixed decay per head, rotary queries and keys", "RetNet"),
     Card("mlstm", "linear attention", "xLSTM: Extended Long Short-Term Memory", "2405.04517", "constant", _LINEAR,
          "a matrix memory with an exponential input gate, a normaliser and a stabiliser", "MLSTM"),
@@ -106,7 +107,7 @@ _CARDS = (
          "2407.05483", "constant", _LINEAR, "Based with more keys for a prefix, which may look ahead in itself", "JRT"),
     Card("aaren", "linear attention", "Attention as an RNN", "2405.13956", "constant", _LINEAR,
          "softmax attention whose query is learned, the same for all tokens", "Aaren"),
-    Card("gla", "linear attention", "Gated Linear Attention Transformers", "2312.06635", "constant", _LINEAR,
+    Card("gla", "linear attention", "Gated Linear Attention Transformers", "2312.06635", "constant", _KERNEL,
          "an input-dependent decay per key channel", "GLA"),
     Card("hgrn", "linear attention", "Hierarchically Gated Recurrent Neural Network", "2311.04823",
          "constant", _LINEAR, "a complex recurrence whose forget gate has a lower bound, in the paper one per layer",
@@ -133,8 +134,8 @@ _CARDS = (
          "2507.09025", "constant", ("scan", "chunk"),
          "what to learn a softmax layer with: gated linear attention and a softmax window with sinks", "Lizard"),
     Card("deltanet", "delta rule", "Parallelizing Linear Transformers with the Delta Rule", "2406.06484", "constant",
-         _LINEAR, "writes correct what the memory holds under a key", "DeltaNet"),
-    Card("gated_deltanet", "delta rule", "Gated Delta Networks", "2412.06464", "constant", _LINEAR,
+         _KERNEL, "writes correct what the memory holds under a key", "DeltaNet"),
+    Card("gated_deltanet", "delta rule", "Gated Delta Networks", "2412.06464", "constant", _KERNEL,
          "the delta rule, and a gate that forgets", "GatedDeltaNet"),
     Card("delta_product", "delta rule", "DeltaProduct: Improving State-Tracking in Linear RNNs", "2502.10297",
          "constant", _LINEAR, "steps of the delta rule per token, which together can turn the memory", "DeltaProduct"),

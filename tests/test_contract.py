@@ -5,11 +5,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import memzoo_kernels
 import numpy as np
 import pytest
 
 import memzoo
 from memzoo import contract
+from memzoo.ops.checks import IMPLS
 
 B, T, D = 2, 72, 12  # 72 tokens are a chunk of 64 and a piece
 CUTS = (0, 24, 48, T)  # pieces of one length are one program; those of the definition are single tokens
@@ -88,9 +90,10 @@ FIELDS = {
     "onion_esn": {"units": 15, "rings": 3, "leak": 0.6, "bias_scale": 0.5},
 }
 NAMES = memzoo.names()
-# Trees of products compile slowest, newton after them: they are left to the long tests. Each op tests them by default.
+# Trees of products compile slowest, newton after them, and kernels are interpreted: they are left to the long tests.
+# Each op tests them by default.
 # So are most memories that learn while they read, of which titans and ttt_linear have all that the others have.
-SLOW = ("associative", "newton", "ttt_mlp", "moneta", "yaad", "memora", "omega_net", "atlas", "dot")
+SLOW = ("associative", "newton", "pallas", "ttt_mlp", "moneta", "yaad", "memora", "omega_net", "atlas", "dot")
 
 
 def forms(*but):
@@ -101,6 +104,12 @@ def forms(*but):
 EACH = [pytest.param(name, marks=[pytest.mark.long] if name in SLOW else []) for name in NAMES]
 FORMS = forms()
 FASTER = forms("scan")
+
+
+@pytest.fixture(autouse=True)
+def kernels_interpreted():
+    with memzoo_kernels.interpreted("tpu"):
+        yield
 
 
 def make(name, impl="auto", dtype=jnp.float32, param_dtype=None):
@@ -261,7 +270,7 @@ def test_forms_agree(name, impl):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "impl"), FASTER)
+@pytest.mark.parametrize(("name", "impl"), forms("scan", "pallas"))  # no kernel is in float64
 def test_forms_agree_in_float64(name, impl):
     with jax.enable_x64(True):
         arguments = setup(name, np.float64)
@@ -318,7 +327,7 @@ def test_nothing_crosses_a_reset(name, impl):
     assert all(not real(g) or largest(g) <= rounding * largest(d_x) for g in jax.tree.leaves(d_state))
 
 
-@pytest.mark.parametrize(("name", "impl"), forms("chunk", "conv", "newton"))
+@pytest.mark.parametrize(("name", "impl"), forms("chunk", "conv", "newton", "pallas"))
 def test_inf_does_not_reach_the_next_sequence(name, impl):
     params, x, state, _, weights = setup(name)
     infinite = x.copy()
@@ -431,8 +440,9 @@ def test_bad_input_is_named(name):
         call(params, x, state, reset.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"impl: .*did you mean"):
         make(name, "scann").apply(params, x)
-    with pytest.raises(NotImplementedError, match=f"impl: {name} has no form 'pallas'|impl: .* has no form 'pallas'"):
-        make(name, "pallas").apply(params, x)
+    lacking = next(impl for impl in reversed(IMPLS) if impl not in memzoo.card(name).forms)
+    with pytest.raises(NotImplementedError, match=f"impl: .* has no form '{lacking}'"):
+        make(name, lacking).apply(params, x)
     with pytest.raises(ValueError, match=f"widht: {name} has no such field; did you mean width"):
         memzoo.make(name, width=D, widht=3)
 

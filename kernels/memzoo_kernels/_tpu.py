@@ -102,8 +102,8 @@ class Decay(NamedTuple):
     prefix_CX: jax.Array  # from the start of the chunk to token i, which is included
     suffix_CX: jax.Array  # from token j, which is not, to the end
     total_1X: jax.Array
-    between_CC: jax.Array | None  # from token j to token i, one decay per head
-    halves_CK: tuple[jax.Array, ...]  # otherwise, per key; [h] from the middle of the block of 2^(h + 1) tokens, or to it
+    between_CC: jax.Array | None  # one decay per head: from token j to token i
+    halves_CK: tuple[jax.Array, ...]  # one per key: [h] from, or to, the middle of the token's block of 2^(h + 1)
 
 
 def decay(log_CX: jax.Array) -> Decay:

@@ -44,7 +44,7 @@ class DeltaNet(nn.Module):
     value_dim: int | None = None  # per head; width / heads
     conv_width: int = 4
     allow_neg_eigval: bool = False  # beta in (0, 2), so that I - beta k k' can reflect: it counts and tracks states
-    impl: str = "auto"  # 'scan', 'associative', 'chunk'
+    impl: str = "auto"  # 'scan', 'associative', 'chunk', 'pallas'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -43,7 +43,7 @@ class GatedDeltaNet(nn.Module):
     key_dim: int | None = None  # per head; 3/4 width / heads, the paper's 6 D^2 parameters
     value_dim: int | None = None  # per head; twice key_dim, the paper's expand_v = 2
     conv_width: int = 4
-    impl: str = "auto"  # 'scan', 'associative', 'chunk'
+    impl: str = "auto"  # 'scan', 'associative', 'chunk', 'pallas'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -41,7 +41,7 @@ class GLA(nn.Module):
     value_dim: int | None = None  # per head; width / heads
     gate_rank: int = 16
     gate_temperature: float = 16.0  # tau: the larger, the slower the memory forgets
-    impl: str = "auto"  # 'scan', 'associative', 'chunk'
+    impl: str = "auto"  # 'scan', 'associative', 'chunk', 'pallas'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

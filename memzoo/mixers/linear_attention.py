@@ -56,7 +56,7 @@ class LinearAttention(nn.Module):
     heads: int = 4
     key_dim: int | None = None  # per head; width / heads
     value_dim: int | None = None  # per head; width / heads
-    impl: str = "auto"  # 'scan', 'associative', 'chunk'
+    impl: str = "auto"  # 'scan', 'associative', 'chunk', 'pallas'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -41,7 +41,7 @@ class Mamba2(nn.Module):
     state_size: int = 128  # N
     groups: int = 1
     conv_width: int = 4
-    impl: str = "auto"  # 'scan', 'associative', 'chunk'
+    impl: str = "auto"  # 'scan', 'associative', 'chunk', 'pallas'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

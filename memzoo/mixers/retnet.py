@@ -43,7 +43,7 @@ class RetNet(nn.Module):
     heads: int = 4
     key_dim: int | None = None  # per head, even; width / heads
     value_dim: int | None = None  # per head; twice key_dim
-    impl: str = "auto"  # 'scan', 'associative', 'chunk'
+    impl: str = "auto"  # 'scan', 'associative', 'chunk', 'pallas'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

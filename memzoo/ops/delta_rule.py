@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from memzoo.contract import positive
-from memzoo.ops import chunks
+from memzoo.ops import chunks, kernels
 from memzoo.ops.affine_scan import matrix_states
-from memzoo.ops.checks import check_impl, check_log_decay, check_shapes, dtypes
+from memzoo.ops.checks import check_log_decay, check_shapes, dtypes
 from memzoo.ops.recur import recur
 
-FORMS = ("scan", "associative", "chunk")
+FORMS = ("scan", "associative", "chunk")  # and 'pallas', on the chips that it is for
 
 
 def step(S_KV, q_K, k_K, v_V, beta, log_decay):
@@ -51,33 +51,48 @@ def delta_rule(
     beta_BTH: the write strength, in [0, 1], or to 2 for negative eigenvalues; beta |k|^2 > 2 diverges, so keys are
     usually of unit length. log_decay: [B, T, H] or [B, T, H, K], natural log, <= 0; None is no decay.
     S_BHKV: the incoming state, zeros by default. reset_BT: bool, where True the token begins a new sequence.
-    impl: 'scan', 'associative', 'chunk' or 'auto'. All forms are differentiable in every array, any number of times;
-    forward mode is not for `chunk`. `chunk` keeps one state and one inverse [C, C] per chunk for its gradient.
-    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
+    impl: 'scan', 'associative', 'chunk', 'pallas' or 'auto'. All forms are differentiable in every array, any number of
+    times, 'pallas' once; forward mode is not for 'chunk' and 'pallas'. For its gradient 'chunk' keeps one state and one
+    inverse [C, C] per chunk.
+    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have, and
+    for 'pallas' where its kernel cannot run.
     """
     positive(chunk=chunk)
-    check_impl("delta_rule", impl, FORMS)
-    check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, beta_BTH=beta_BTH, S_BHKV=S_BHKV, reset_BT=reset_BT)
+    sizes = check_shapes(
+        q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, beta_BTH=beta_BTH, S_BHKV=S_BHKV, reset_BT=reset_BT
+    )
     log_decay = check_log_decay(q_BTHK, log_decay)
-    return _forms(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT, impl=impl, chunk=chunk)
+    choice = _choice(sizes, log_decay, dtypes(q_BTHK, k_BTHK, v_BTHV, S_BHKV), impl)
+    return _forms(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT, choice=choice, chunk=chunk)
 
 
-@partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
-def _forms(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT, impl, chunk):
+def _choice(sizes, log_decay, dtypes, impl):
+    B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
+    common, wide = dtypes
+    shapes = ((B, T, H, K), common), ((B, T, H, K), common), ((B, T, H, V), common), ((B, T, H), wide)
+    arrays = (jax.ShapeDtypeStruct(*shape) for shape in (*shapes, (log_decay.shape, wide), ((B, H, K, V), wide)))
+    return kernels.choose("delta_rule", impl, FORMS, "chunk" if T > 1 else "scan", *arrays)
+
+
+@partial(jax.jit, static_argnames=("choice", "chunk"))  # so that a call outside of jit does not compile its scans anew
+def _forms(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, reset_BT, choice, chunk):
     common, wide = dtypes(q_BTHK, k_BTHK, v_BTHV, S_BHKV)
     B, T, H, K = q_BTHK.shape
     S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else S_BHKV.astype(wide)
     log_decay = log_decay.astype(wide)
     beta_BTH = beta_BTH.astype(wide)
-    if impl == "chunk" or (impl == "auto" and T > 1):
+    if choice.impl in ("chunk", "pallas"):
         reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
         S_BHKV = jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV)
         q, k, v = (x.astype(common) for x in (q_BTHK, k_BTHK, v_BTHV))
+    if choice.impl == "pallas":
+        y_BTHV, S_BHKV = kernels.run("delta_rule", choice, q, k, v, beta_BTH, log_decay, S_BHKV, reset_BT)
+    elif choice.impl == "chunk":
         log_BTHK = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         y_BTHV, S_BHKV = _chunked(q, k, v, beta_BTH, log_BTHK, S_BHKV, reset_BT, min(chunk, T))
     else:
         q, k, v = (x.astype(wide) for x in (q_BTHK, k_BTHK, v_BTHV))
-        form = _associative if impl == "associative" else scan
+        form = _associative if choice.impl == "associative" else scan
         y_BTHV, S_BHKV = form(q, k, v, beta_BTH, log_decay, S_BHKV, reset_BT)
     return y_BTHV.astype(v_BTHV.dtype), S_BHKV
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from memzoo.contract import positive
-from memzoo.ops import chunks
-from memzoo.ops.checks import check_impl, check_log_decay, check_shapes, dtypes
+from memzoo.ops import chunks, kernels
+from memzoo.ops.checks import check_log_decay, check_shapes, dtypes
 from memzoo.ops.recur import recur
 
-FORMS = ("scan", "associative", "chunk")
+FORMS = ("scan", "associative", "chunk")  # and 'pallas', on the chips that it is for
 
 
 def step(S_KV, q_K, k_K, v_V, log_decay):
@@ -44,10 +44,11 @@ def linear_attention(
 
     log_decay: [B, T, H] or [B, T, H, K], natural log, <= 0; None is no decay. There is no hidden scale on q.
     S_BHKV: the incoming state, zeros by default. reset_BT: bool, where True the token begins a new sequence.
-    impl: 'scan', 'associative', 'chunk' or 'auto'. All forms are differentiable in every array, any number of times;
-    forward mode is not for `chunk`. The gradient of `chunk` stores no states: a forward sweep for q and a backward one
-    for k and v recompute them.
-    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
+    impl: 'scan', 'associative', 'chunk', 'pallas' or 'auto'. All forms are differentiable in every array, any number of
+    times, 'pallas' once; forward mode is not for 'chunk' and 'pallas'. Their gradient stores no states: a forward sweep
+    for q and a backward one for k and v recompute them.
+    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have, and
+    for 'pallas' where its kernel cannot run.
     """
     y_BTHV, _, S_BHKV, _ = _check(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, None, reset_BT, impl, chunk)
     return y_BTHV, S_BHKV
@@ -69,8 +70,8 @@ def normalised_linear_attention(
 
         z_t = exp(log_decay_t) z_{t-1} + k_t        total_t = z_t' q_t
 
-    which is what y would be if every value were 1; what to divide by, and where its floor is, is the caller's.
-    Everything else is as in linear_attention.
+    which is what y would be if every value were 1; what to divide by, and where its floor is, is the caller's. A kernel
+    gives it as that y, in the dtype of v. Everything else is as in linear_attention.
     """
     if z_BHK is None:
         z_BHK = jnp.zeros((q_BTHK.shape[0], *q_BTHK.shape[2:]), jnp.promote_types(q_BTHK.dtype, jnp.float32))
@@ -79,37 +80,46 @@ def normalised_linear_attention(
 
 def _check(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, impl, chunk):
     positive(chunk=chunk)
-    check_impl("linear_attention", impl, FORMS)
-    check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, S_BHKV=S_BHKV, z_BHK=z_BHK, reset_BT=reset_BT)
+    sizes = check_shapes(q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, S_BHKV=S_BHKV, z_BHK=z_BHK, reset_BT=reset_BT)
     log_decay = check_log_decay(q_BTHK, log_decay)
-    return _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, impl=impl, chunk=chunk)
+    choice = _choice(sizes, log_decay, z_BHK is not None, dtypes(q_BTHK, k_BTHK, v_BTHV, S_BHKV), impl)
+    return _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, choice=choice, chunk=chunk)
 
 
-@partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
-def _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, impl, chunk):
+def _choice(sizes, log_decay, summed, dtypes, impl):
+    B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
+    (common, wide), V = dtypes, V + summed
+    shapes = ((B, T, H, K), common), ((B, T, H, K), common), ((B, T, H, V), common), (log_decay.shape, wide)
+    arrays = (jax.ShapeDtypeStruct(*shape) for shape in (*shapes, ((B, H, K, V), wide)))
+    return kernels.choose("linear_attention", impl, FORMS, "chunk" if T > 1 else "scan", *arrays)
+
+
+@partial(jax.jit, static_argnames=("choice", "chunk"))  # so that a call outside of jit does not compile its scans anew
+def _forms(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, z_BHK, reset_BT, choice, chunk):
     common, wide = dtypes(q_BTHK, k_BTHK, v_BTHV, S_BHKV)
     B, T, H, K = q_BTHK.shape
     S_BHKV = jnp.zeros((B, H, K, v_BTHV.shape[-1]), wide) if S_BHKV is None else S_BHKV.astype(wide)
     z_BHK1 = None if z_BHK is None else z_BHK.astype(wide)[..., None]
     log_decay = log_decay.astype(wide)
-    if impl == "chunk" or (impl == "auto" and T > 1):
+    if choice.impl == "chunk":
         reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
         state = jax.tree.map(lambda s: jnp.where(reset_BT[:, :1, None, None], 0, s), (S_BHKV, z_BHK1))
         q, k, v = (x.astype(common) for x in (q_BTHK, k_BTHK, v_BTHV))
         log_BTHK = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         (y_BTHV, total_BTH), (S_BHKV, z_BHK1) = _chunked(q, k, v, log_BTHK, state, reset_BT, min(chunk, T))
     else:
-        q, k, v = (x.astype(wide) for x in (q_BTHK, k_BTHK, v_BTHV))
-        form = _associative if impl == "associative" else scan
+        q, k, v = (x.astype(common if choice.impl == "pallas" else wide) for x in (q_BTHK, k_BTHK, v_BTHV))
+        form = {"scan": scan, "associative": _associative, "pallas": partial(_pallas, choice)}[choice.impl]
         if z_BHK1 is None:
             y_BTHV, S_BHKV = form(q, k, v, log_decay, S_BHKV, reset_BT)
-            total_BTH = None
         else:  # the sum of the weights is the memory of one more value, always 1
             v_BTHU = jnp.pad(v, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
             S_BHKU = jnp.concatenate([S_BHKV, z_BHK1], axis=-1)
             y_BTHU, S_BHKU = form(q, k, v_BTHU, log_decay, S_BHKU, reset_BT)
             y_BTHV, total_BTH, S_BHKV, z_BHK1 = y_BTHU[..., :-1], y_BTHU[..., -1], S_BHKU[..., :-1], S_BHKU[..., -1:]
-    return y_BTHV.astype(v_BTHV.dtype), total_BTH, S_BHKV, None if z_BHK1 is None else z_BHK1[..., 0]
+    if z_BHK1 is None:
+        return y_BTHV.astype(v_BTHV.dtype), None, S_BHKV, None
+    return y_BTHV.astype(v_BTHV.dtype), total_BTH.astype(wide), S_BHKV, z_BHK1[..., 0]
 
 
 def scan(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
@@ -131,6 +141,12 @@ def _associative(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
     with jax.default_matmul_precision("highest"):  # as in the definition
         S_BTHKV = lax.associative_scan(combine, xs, axis=1)[1]
         return jnp.einsum("bthk,bthkv->bthv", q_BTHK, S_BTHKV), S_BTHKV[:, -1]
+
+
+def _pallas(choice, q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT):
+    reset_BT = jnp.zeros(q_BTHK.shape[:2], bool) if reset_BT is None else reset_BT
+    S_BHKV = jnp.where(reset_BT[:, :1, None, None], 0, S_BHKV)
+    return kernels.run("linear_attention", choice, q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
