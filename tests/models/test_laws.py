@@ -11,6 +11,7 @@ import pytest
 
 from memzoo.models.hybrid import hybrid
 from memzoo.models.hydra import Hydra
+from memzoo.models.titans_mac import TitansMAC
 from memzoo.models.titans_mag import TitansMAG
 from memzoo.models.titans_mal import TitansMAL
 from memzoo.models.transnormer import TransNormer
@@ -41,12 +42,13 @@ TITANS = {"heads": 2, "persistent": 2, "hidden": 7, "memory": {"chunk": 4, "hidd
 MODELS = {
     "hybrid": small_hybrid,
     "hydra": small_hydra,
+    "titans_mac": partial(TitansMAC, Z, D, 1, segment=8, **TITANS),
     "titans_mag": partial(TitansMAG, Z, D, 2, window=7, **TITANS),
     "titans_mal": partial(TitansMAL, Z, D, 2, window=7, **TITANS),
     "transnormer": partial(TransNormer, Z, D, 2, heads=2, hidden=7),
     "xlstm": partial(XLSTM, Z, D, 2, "1:1", heads=2, inner=16, hidden=7),
 }
-LONG = ("titans_mag", "titans_mal")  # which compile slowest: their own tests are quick
+LONG = ("titans_mac", "titans_mag", "titans_mal")  # which compile slowest: their own tests are quick
 IMPLS = ("scan", "chunk")
 
 

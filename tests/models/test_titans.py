@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 
 from memzoo.models.backbone import describe
+from memzoo.models.titans_mac import TitansMAC
 from memzoo.models.titans_mag import TitansMAG
 from memzoo.models.titans_mal import TitansMAL
 from tests.window import drawn
 
 B, T, D, Z = 2, 10, 12, 11
-MODELS = {"titans_mag": (TitansMAG, "window"), "titans_mal": (TitansMAL, "window")}
+MODELS = {
+    "titans_mac": (TitansMAC, "segment"),
+    "titans_mag": (TitansMAG, "window"),
+    "titans_mal": (TitansMAL, "window"),
+}
 NAMES = tuple(MODELS)
 
 
@@ -65,7 +70,7 @@ def test_a_reset_begins_a_new_text(name):
     """Whatever was there before it. Segments and chunks begin anew."""
     apply, _, tokens = setup(name)
     nonsense = jax.tree.map(lambda s: np.full_like(s, np.nan if s.dtype == np.float32 else 2), apply(tokens)[1])
-    starts, reset = ((0, 5), (0, 2, 3)), np.zeros((B, T), bool)
+    starts, reset = ((0, 5), (0, 1, 2)), np.zeros((B, T), bool)
     for row in range(B):
         reset[row, list(starts[row])] = True
     y, _ = apply(tokens, nonsense, reset)
