@@ -34,8 +34,9 @@ def load(ref: Any, layout: Any = WG, **options: Any) -> jax.Array:
     return _compat.load(ref, layout, **options)
 
 
-def kernel(body: Callable[..., None], out: Any, grid: tuple[int, int, int], scratch: Any, interpret: Any) -> Any:
-    """A kernel on a grid with axes b, h, j, in which a CTA is one warpgroup."""
+def kernel(name: str, body: Callable[..., None], out: Any, grid: tuple[int, int, int], scratch: Any, interpret: Any):
+    """A kernel on a grid with axes b, h, j, in which a CTA is one warpgroup. Profilers see the name."""
+    body.__name__ = name
     semantics = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
     options: dict[str, Any] = dict(grid=grid, grid_names=("b", "h", "j"), compiler_params=semantics)
     if interpret:

@@ -17,17 +17,16 @@ threads takes one row, one head and 64 columns of the state, and walks over chun
                                                   in shared memory: two stages of q, k, v, X and decays by TMA; P, S, u
                                                   in bfloat16 for wgmma, whose places the later ones of a chunk take
 HBM, per token and head in bfloat16: q, k, v, X in, y out and u, where a gradient is wanted: 4 K + 6 V + 2 C bytes, and
-20 bytes of decays and beta; 4 C K + 6 C V + 6 K V flops forward, after C K + C^2 for X. 130 KB of shared memory at
+20 bytes of decays and beta; 2 C K + 4 C V + 6 K V flops forward, after 2 C K + C^2 for X. 130 KB of shared memory at
 K = 128.
 
-The gradient stores no states, only u and X. One sweep backward in time, with the cotangent dS of the state, yields the
-cotangent of what was to be written, D; with the tokens as readers (q, dy) and (k, -beta D), all else is linear
-attention's (linear_attention_sm90.sweep):
+The gradient stores no states, only u and X. One sweep backward in time, with the cotangent dS of the state, yields that
+of the values, E; with the tokens as readers (q, dy) and (k, -E), all else is linear attention's, its `sweep`:
 
-    D  = X' (P' dy + (k dS) . written)       dS = whole dS + (q . read)' dy - (k . read)' beta D        dv = beta D
-    dq = reading (dy, u, k)                  z  = reading (D, u, k), but not the own write
-    dk = what is written, read backward in time: (u, dy, q) less (u, beta D, k), less beta z
-    dbeta = D . v - k . z
+    E  = beta X' (P' dy + (k dS) . written)          dS = whole dS + (q . read)' dy - (k . read)' E        dv = E
+    dq = what (dy, u, k) read                        z = what (E, u, k) read, but not of their own writes
+    dk = what (u, dy, q) read backward in time, less what (u, E, k) read of others' writes, less z
+    dbeta = (E . v - k . z) / beta
 
 Source: Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length"
 (2024), arXiv:2406.06484, sec. 3.2, with decays as in Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024),
@@ -48,6 +47,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from memzoo_kernels import _hopper as hp
 from memzoo_kernels._hopper import BLOCK, WG, C
 from memzoo_kernels.linear_attention_sm90 import decay_gradient, sweep
+
+TINY = 1e-20  # divides in place of a beta of 0, and is nothing beside one that is not
 
 
 def support(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, device, *, auto=False) -> str | None:
@@ -94,21 +95,20 @@ def _correct_bwd(interpret, saved, cotangents):
     across = partial(jnp.swapaxes, axis1=-1, axis2=-2)
     reading = partial(sweep, decay_BHN4C=forwards, S_BHKV=across(S_BHKV), interpret=interpret)
     writing = partial(sweep, decay_BHN4C=backwards, reverse=True, interpret=interpret)
-    dS0_BHKV, *D = _sweep(q, k, dy, X_BHTC, _with_beta(backwards, beta_BTH), dS_BHKV, "D", interpret)
-    D_BTHV = sum(part.astype(jnp.float32) for part in D)
-    dv = (beta_BTH[..., None] * D_BTHV).astype(v.dtype)
+    beta_BTH = jnp.where(jnp.abs(beta_BTH) < TINY, TINY, beta_BTH)
+    dS0_BHKV, *E = _sweep(q, k, dy, X_BHTC, _with_beta(backwards, beta_BTH), dS_BHKV, "E", interpret)
+    E_BTHV = sum(part.astype(jnp.float32) for part in E)
     dq, _, read = reading(dy, u, k, x=q)
-    z, _, erased = reading(tuple(D), u, k, x=k, own=False)
+    z, _, erased = reading(tuple(E), u, k, x=k, own=False)
     dk, _, written = writing(u, dy, q, S_BHKV=across(dS_BHKV), x=k)
-    less, _, corrected = writing(u, dv, k, S_BHKV=jnp.zeros_like(across(S_BHKV)), x=k, own=False)
+    less, _, corrected = writing(u, tuple(E), k, S_BHKV=jnp.zeros_like(across(S_BHKV)), x=k, own=False)
     wide = lambda x: x.astype(jnp.float32)
-    dk = (wide(dk) - wide(less) - beta_BTH[..., None] * wide(z)).astype(k.dtype)
-    by_chunk = jnp.moveaxis(beta_BTH, 1, 2).reshape((*erased.shape[:3], 1, C))
+    dk = (wide(dk) - wide(less) - wide(z)).astype(k.dtype)
     last_BH = jnp.sum(last_BHKV * dS_BHKV, (-1, -2))
-    dlog = decay_gradient(log_BTH, forwards, read - by_chunk * erased, written - corrected, last_BH)
+    dlog = decay_gradient(log_BTH, forwards, read - erased, written - corrected, last_BH)
     erased_BTH = jnp.moveaxis(erased.sum(-2).reshape(*erased.shape[:2], -1), 2, 1)
-    dbeta = jnp.sum(D_BTHV * wide(v), -1) - erased_BTH
-    return dq, dk, dv, dbeta, dlog, dS0_BHKV
+    dbeta = (jnp.sum(E_BTHV * wide(v), -1) - erased_BTH) / beta_BTH
+    return dq, dk, E_BTHV.astype(v.dtype), dbeta, dlog, dS0_BHKV
 
 
 _correct.defvjp(_correct_fwd, _correct_bwd)
@@ -135,7 +135,7 @@ def inverse(k_BTHK, beta_BTH, decay_BHN4C):
 
 
 def _sweep(q, k, v, X_BHTC, decay_BHN5C, S_BHKV, what, interpret):
-    """'y': (y, last S). 'yu': (y, last S, parts of u). 'D', with v = dy and S = dS: (first dS, parts of D)."""
+    """'y': (y, last S). 'yu': (y, last S, parts of u). 'E', with v = dy and S = dS: (first dS, parts of E)."""
     parts = hp.parts_of(v.dtype)
     tokens = [hp.split(a, parts) for a in (q, k, v, X_BHTC)]
     run = partial(_kernel, dtype=v.dtype, what=what, interpret=interpret)
@@ -145,7 +145,7 @@ def _sweep(q, k, v, X_BHTC, decay_BHN5C, S_BHKV, what, interpret):
 def _kernel(tokens, decay_BHN5C, S_BHKV, *, dtype, what, interpret):
     (B, T, H, K), V, parts = tokens[0][0].shape, tokens[2][0].shape[-1], len(tokens[0])
     N, J, blocks = T // C, V // BLOCK, range(K // BLOCK)
-    reverse = what == "D"
+    reverse = what == "E"
     reads, keeps = not reverse, what != "y"
     at = lambda i: N - 1 - i if reverse else i
 
@@ -175,9 +175,9 @@ def _kernel(tokens, decay_BHN5C, S_BHKV, *, dtype, what, interpret):
             if reverse:
                 hp.put(first, hp.matmul((p_s, v_s)) + held)
                 plgpu.commit_smem()
-                D = hp.matmul((hp.transposed(X_s), first))
-                hp.put(w_s, D)
-                hp.put(p_s, -D * hp.rows(vector(4) * vector(3)))
+                E = hp.matmul((hp.transposed(X_s), first)) * hp.rows(vector(4))
+                hp.put(w_s, E)
+                hp.put(p_s, -E * hp.rows(vector(3)))
                 hp.put(first, hp.get(v_s) * hp.rows(vector(3)))
                 plgpu.commit_smem()
                 write = lambda m: hp.matmul((hp.transposed(q_s, m), first), (hp.transposed(k_s, m), p_s))
@@ -221,5 +221,5 @@ def _kernel(tokens, decay_BHN5C, S_BHKV, *, dtype, what, interpret):
     out = [values(dtype)] * reads + [jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)]
     out += [values(jnp.bfloat16)] * (parts * keeps)
     scratch = [*hp.smem(parts, C, C), *hp.room_for_state(parts, K), *hp.smem(parts, C, BLOCK)]
-    run = hp.kernel(body, out, (B, H, J), scratch, interpret)
+    run = hp.kernel(f"delta_rule_{what}", body, out, (B, H, J), scratch, interpret)
     return run(*jax.tree.leaves(tokens), decay_BHN5C, S_BHKV)

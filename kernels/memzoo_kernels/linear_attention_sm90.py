@@ -15,7 +15,7 @@ One CTA of 128 threads takes one row, one head and 64 columns of the state, and 
                                                      for wgmma; then v . written in the place of S, y in that of P
 
 HBM, per token and head in bfloat16: q, k, v read once (q, k again by each further CTA of V, mostly from L2) and y
-written, 4 K + 4 V bytes, and 16 bytes of decays; 4 C K + 4 C V + 4 K V flops forward. 106 KB of shared memory at
+written, 4 K + 4 V bytes, and 16 bytes of decays; 2 C K + 2 C V + 4 K V flops forward. 106 KB of shared memory at
 K = 128, so that two CTAs share a processor.
 
 The gradients are the same sweep with the roles exchanged, and no state is stored:
@@ -101,13 +101,14 @@ def decay_gradient(log_BTH, decay_BHN4C, read_BHN2C, written_BHN2C, last_BH):
     B, T, H = log_BTH.shape
     log = jnp.moveaxis(log_BTH, 1, 2).reshape(within.shape)
     same = jnp.pad(log[..., 1:] > hp.FLOOR, [(0, 0)] * 3 + [(0, 1)]).astype(jnp.float32)
-    crossing = hp.sums_to_the_end(within, same) + lax.cumsum(read, 3, reverse=True) + lax.cumsum(written, 3) - written
-    # X_n = <S_n, dS_n> is what chunk n reads and keeps of S_n, and what chunk n - 1 has kept and written of it.
-    whole = decay_BHN4C[..., 2, -1]
-    keep = jnp.where(whole > 2.0**-24, 1.0, 0.0)
+    before = jnp.pad(written[..., :-1], [(0, 0)] * 3 + [(1, 0)])
+    crossing = hp.sums_to_the_end(within, same) + lax.cumsum(read, 3, reverse=True) + lax.cumsum(before, 3)
+    # <S_n, dS_n> is what chunk n reads and keeps of S_n, and also what chunk n - 1 has kept and written of it.
+    keep = jnp.where(decay_BHN4C[..., 2, -1] > 2.0**-24, 1.0, 0.0)
     read, written = read.sum(-1), written.sum(-1)
-    X = hp.sums_to_the_end((read - keep * written).at[..., -1].add(keep[..., -1] * last_BH), keep)
-    crossing = crossing + (X - read)[..., None]
+    of_state = hp.sums_to_the_end((read - keep * written).at[..., -1].add(keep[..., -1] * last_BH), keep)
+    kept = keep * (jnp.concatenate([of_state[..., 1:], last_BH[..., None]], -1) - written)
+    crossing = crossing + kept[..., None]
     return jnp.moveaxis(crossing.reshape(B, H, T), 2, 1)
 
 
@@ -196,5 +197,6 @@ def _sweep(tokens, decay_BHN4C, S_BHKV, *, dtype, own, reverse, interpret):
     if dotted:
         out.append(jax.ShapeDtypeStruct((B, J, H, N, 2, C), jnp.float32))
         scratch.append(plgpu.SMEM((2, C), jnp.float32))
-    run = hp.kernel(body, out, (B, H, J), scratch, interpret)
+    name = "linear_attention_" + ("backwards" if reverse else "forwards") + "_dotted" * dotted
+    run = hp.kernel(name, body, out, (B, H, J), scratch, interpret)
     return run(*jax.tree.leaves(tokens), decay_BHN4C, S_BHKV)

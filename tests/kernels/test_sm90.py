@@ -42,7 +42,7 @@ def make(op, keys="correlated", decay="mixed", length=T, sizes=(H, K, V), seed=0
         "q": normal(B, length, H, K),
         "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
         "v": normal(B, length, H, V),
-        "beta": rng.uniform(0, 1, (B, length, H)).astype(np.float32),
+        "beta": np.maximum(rng.uniform(-0.1, 1, (B, length, H)), 0).astype(np.float32),
         "log_decay": log_decay.astype(np.float32),
         "S": normal(B, H, K, V),
     }
@@ -123,6 +123,13 @@ def test_any_length(op, length):
 def test_sizes_of_many_blocks(op, dtype):
     largest = _hopper.LARGEST[_hopper.parts_of(dtype)]
     check(op, *make(op, length=65, sizes=(2, largest, 130 if largest == 256 else 20)), dtype)
+
+
+@pytest.mark.long
+@each
+def test_over_many_chunks(op):
+    arrays, _, weights = make(op, "random", "weak", length=20 * 64, sizes=(1, 24, 16))
+    check(op, arrays, np.zeros((B, 20 * 64), bool), weights)
 
 
 @pytest.mark.long
