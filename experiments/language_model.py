@@ -3,13 +3,13 @@
     python experiments/language_model.py
 
 trains on the reference text inside every Python installation and prints a sample. Expect 1.28 nats per held-out byte
-(1.85 bits) after 600 steps: 133 s on two CPU cores, and 185 s with the installation before it.
+(1.85 bits) after 600 steps: 71 s on two CPU cores, and 114 s with the installation before it.
 
     python experiments/language_model.py --data tinyshakespeare.txt --layers 4 --width 128 --hidden 256 --window 64 \\
         --batch 12 --steps 2000 --eval-every 500 --out runs/shakespeare
 
 is nanoGPT's CPU setting (0.83 M parameters, the last 10 % held out), which publishes 1.88 nats per character. Expect
-1.58 with gated_deltanet, over all the held-out text in windows of 64: 278 s on two CPU cores shared with other work.
+1.58 with gated_deltanet, over all the held-out text in windows of 64: 155 s on two CPU cores.
 
 Other mixers, as a pattern over the layers: `--mixer gated_deltanet,gated_deltanet,attention`. On a GPU or TPU the same
 with larger flags, as `--width 512 --layers 8 --window 1024 --batch 64 --dtype bfloat16`.
