@@ -14,10 +14,10 @@ Temporaries of more than 32 MB cost page faults at every call, which at T = 16,3
 little per token. `--keep-pages` measures without (see memzoo.host).
 
 Expect on two CPU cores, of layers at T = 1,024, gated_deltanet 25 to 33 times as fast as memax (width 64) and 51 to 58
-(128; once 152), linear_attention 21 to 23 and 54 to 62, lru 4 to 5; much of the peer's time is page faults, and with --keep-pages the
-first two are 15 and 28, 9 and 24. Growth is up to 3.4 with page faults, from which `multiply` suffers most (7); of what
-was measured without them, at most 1.3, but for lru, 1.7, and from 1,024 to 16,384 linear_scan, up to 2.4: what fits the
-caches at 1,024 waits for memory at 16,384, and so does `multiply`, up to 2.
+(128; once 152), linear_attention 21 to 23 and 54 to 62, lru 4 to 5; much of the peer's time is page faults, and with
+--keep-pages the first two are 15 and 28, 9 and 24. Growth is up to 3.4 with page faults, from which `multiply` suffers
+most (7); of what was measured without them, at most 1.3, but for lru, 1.7, and from 1,024 to 16,384 linear_scan, up to
+2.4: what fits the caches at 1,024 waits for memory at 16,384, and so does `multiply`, up to 2.
 Layers are compared with memax 0.1.1 (`pip install memax==0.1.1 equinox`) where it is installed.
 """
 
