@@ -3,10 +3,11 @@ to beat.
 
     python experiments/needle.py
 
-trains two layers of each model on texts of 256 tokens, which hold a needle at any depth and ask for it at their end
-(memzoo/tasks/needle.py), with the same sentence over and over as hay (passkey) and with words at random (needle). It
-then asks in texts of 2,048 ... 65,536 tokens, read in pieces through the state. A table has the share of values that
-are right for each length, the mean over depths; a heat map has each depth.
+trains two layers of each model on texts of up to 256 tokens, which hold a needle at any depth and ask for it at their
+end (memzoo/tasks/needle.py), with the same sentence over and over as hay (passkey) and with words at random (needle).
+Half of the steps have texts of 16 tokens, from which a model learns to answer at all; the others, in equal parts, each
+twice as long. It then asks in texts of 2,048 ... 65,536 tokens, read in pieces through the state. A table has the share
+of values that are right for each length, the mean over depths; a heat map has each depth.
 
     python experiments/needle.py --resume
 
@@ -20,7 +21,7 @@ Attention over a window finds only what is in reach of its layers, `layers` wind
 holds config.json, needle.jsonl (a line per kind, model and seed), table.md and heat.png. A model whose loss is not
 finite stops there, and has a line that says so.
 
-Dims: B batch, U tokens of a text and its answer, M values of the answer, P tokens of a piece, N depths, L lengths.
+Dims: B texts, U tokens of a text and its answer, M values of the answer, P tokens of a piece, N depths, L lengths.
 """
 
 import json
@@ -82,11 +83,12 @@ class Config:
     heads: int = 4  # of all but mamba2
     reach: int = 64  # of windows and segments
     chunk: int = 16  # of the memories that learn while they read
-    train_length: int = 256
+    begin_length: int = 16  # of the first texts of training
+    train_length: int = 256  # of the last
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)  # of the test, beside that of training
     depths: int = 5  # from 0 to 1, evenly
-    batch: int = 32
-    steps: int = 600
+    tokens: int = 4096  # of the texts of one step, together
+    steps: int = 800
     learning_rate: float = 4e-3  # at its peak
     seeds: int = 1
     eval_rows: int = 4  # texts for each length and depth
@@ -101,28 +103,29 @@ def run(config: Config, kind: str, name: str, seed: int) -> dict[str, Any]:
     init_key, test_key, batches_key, key = jax.random.split(jax.random.key(seed), 4)
     params = jax.jit(model.init)(init_key, jnp.zeros((1, config.train_length), jnp.int32))
 
-    def nats(params, key, _):
+    def nats(length, params, key, _):
         depth_key, key = jax.random.split(key)
-        tokens_BU = task.draw(key, jax.random.uniform(depth_key, (config.batch,)), config.train_length)
+        tokens_BU = task.draw(key, jax.random.uniform(depth_key, (config.tokens // length,)), length)
         logits_BTZ, _ = model.apply(params, tokens_BU[:, :-1])
         return jnp.mean(train.cross_entropy(logits_BTZ[:, -M:], tokens_BU[:, -M:]))
 
     optimizer = train.adamw(config.learning_rate, config.steps, weight_decay=0.1)
-    step = train.make_step(nats, optimizer)
 
-    @partial(jax.jit, donate_argnums=0)
-    def many(state, numbers):
+    @partial(jax.jit, donate_argnums=0, static_argnums=2)
+    def many(state, numbers, length):
+        step = train.make_step(partial(nats, length), optimizer)
         return lax.scan(lambda state, i: step(state, jax.random.fold_in(batches_key, i)), state, numbers)
 
     state = train.create(params, optimizer, key)
     row: dict[str, Any] = {"kind": kind, "model": name, "seed": seed, "parameters": describe(model).parameters}
     row["state_bytes"] = describe(model).state_bytes
     begin, losses = time.perf_counter(), {}
-    for start in range(0, config.steps, config.log_every):
-        end = min(start + config.log_every, config.steps)
-        state, metrics = many(state, jnp.arange(start, end))
+    looks = tqdm(training(config), desc="training", leave=False)
+    for start, end, length in looks:
+        state, metrics = many(state, jnp.arange(start, end), length)
         mean = {metric: float(jnp.mean(values)) for metric, values in metrics.items()}
         losses[str(end)] = round(train.guard(end, mean, lambda: "none, as none is kept")["loss"], 4)
+        looks.set_postfix(step=end, length=length, loss=losses[str(end)])
     row |= {"loss": losses, "train_seconds": round(time.perf_counter() - begin, 1), "accuracy": {}}
 
     @jax.jit
@@ -130,12 +133,27 @@ def run(config: Config, kind: str, name: str, seed: int) -> dict[str, Any]:
         logits_BPZ, memory = model.apply(state.params, tokens_BP, memory)
         return jnp.argmax(logits_BPZ[:, -M:], axis=-1), memory
 
-    for length in (config.train_length, *config.lengths):
+    for length in tqdm((config.train_length, *config.lengths), desc="asking", unit="length", leave=False):
         depth_B = np.repeat(depths(config), config.eval_rows)
         tokens_BU = np.asarray(task.draw(jax.random.fold_in(test_key, length), depth_B, length))
         right_BM = answered(read, model, tokens_BU, config.piece, M) == tokens_BU[:, -M:]
         row["accuracy"][str(length)] = right_BM.reshape(config.depths, -1).mean(1).round(4).tolist()
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def training(config: Config) -> list[tuple[int, int, int]]:
+    """(first step, the one after the last, length of the texts), from one look at the loss to the next."""
+    lengths = [config.begin_length]
+    while lengths[-1] < config.train_length:
+        lengths.append(min(2 * lengths[-1], config.train_length))
+    first = config.steps if len(lengths) == 1 else config.steps // 2
+    ends = first + (config.steps - first) * np.arange(len(lengths)) // max(1, len(lengths) - 1)
+    looks = []
+    for length, start, end in zip(lengths, (0, *ends), ends, strict=False):
+        looks += [
+            (i, min(i + config.log_every, int(end)), length) for i in range(int(start), int(end), config.log_every)
+        ]
+    return looks
 
 
 def depths(config: Config) -> np.ndarray:
@@ -156,7 +174,7 @@ def table(config: Config, rows: list[dict[str, Any]]) -> str:
     """Markdown: the share of values that are right, the mean over depths and the seeds that did not diverge."""
     lengths = [str(length) for length in (config.train_length, *config.lengths)]
     text = f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}, {config.seeds} seeds, "
-    text += f"{config.steps} steps on {config.train_length} tokens; chance {1 / config.values:.2f}\n"
+    text += f"{config.steps} steps, texts of up to {config.train_length} tokens; chance {1 / config.values:.2f}\n"
     for kind in config.kinds:
         text += f"\n## {kind}\n\n| model | {' | '.join(lengths)} | parameters | bytes of state | seconds |\n"
         text += "|---|" + "---:|" * (len(lengths) + 3) + "\n"
@@ -222,19 +240,24 @@ def begin(config: Config) -> list[dict[str, Any]]:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    sizes = ("layers", "width", "heads", "reach", "chunk", "train_length", "depths", "batch", "steps", "seeds")
+    sizes = ("layers", "width", "heads", "reach", "chunk", "depths", "tokens", "steps", "seeds")
     contract.positive(**{name: getattr(config, name) for name in (*sizes, "eval_rows", "piece", "log_every")})
     if not config.models or not config.kinds:
         raise ValueError("models, kinds: expected at least one of each, got none")
     for kind in config.kinds:
         task = Needle(kind, values=config.values, answer=config.answer)
-        for length in (config.train_length, *config.lengths):
+        for length in (config.begin_length, config.train_length, *config.lengths):
             if not contract.whole_number(length) or length < task.shortest:
-                raise ValueError(f"train_length, lengths: expected integers >= {task.shortest}, got {length}")
+                raise ValueError(
+                    f"begin_length, train_length, lengths: expected integers >= {task.shortest}, got {length}"
+                )
         for name in config.models:
             if name not in MODELS:
                 raise ValueError(f"models: unknown model {name!r}; {contract.nearest(name, MODELS)}")
             MODELS[name](config, task)  # or the first would run in vain
+    if not config.begin_length <= config.train_length <= config.tokens:
+        order = config.begin_length, config.train_length, config.tokens
+        raise ValueError(f"train_length: expected begin_length <= train_length <= tokens, got {order}")
     rows = begin(config)
     done = {(row["kind"], row["model"], row["seed"]) for row in rows}
     cases = [(kind, name, seed) for kind in config.kinds for name in config.models for seed in range(config.seeds)]

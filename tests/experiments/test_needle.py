@@ -11,8 +11,8 @@ from experiments.needle import MODELS, Config
 from memzoo.tasks.needle import Needle
 
 TINY = Config(
-    width=8, heads=2, layers=1, reach=8, chunk=4, train_length=16, lengths=(24,), depths=2, batch=2, steps=3,
-    eval_rows=3, piece=7, log_every=2, kinds=("passkey",), models=("gated_deltanet", "window"),
+    width=8, heads=2, layers=1, reach=8, chunk=4, begin_length=8, train_length=16, lengths=(24,), depths=2, tokens=32,
+    steps=4, eval_rows=3, piece=7, log_every=2, kinds=("passkey",), models=("gated_deltanet", "window"),
 )  # fmt: skip
 
 
@@ -23,8 +23,8 @@ def test_a_run_leaves_what_it_says_and_goes_on(tmp_path):
     lines = (config.out / "needle.jsonl").read_text().splitlines(keepends=True)
     assert rows == [json.loads(line) for line in lines]
     assert [(row["kind"], row["model"], list(row["loss"])) for row in rows] == [
-        ("passkey", "gated_deltanet", ["2", "3"]),
-        ("passkey", "window", ["2", "3"]),
+        ("passkey", "gated_deltanet", ["2", "4"]),
+        ("passkey", "window", ["2", "4"]),
     ]
     for row in rows:
         assert list(row["accuracy"]) == ["16", "24"] and np.shape(row["accuracy"]["24"]) == (2,)
@@ -35,8 +35,8 @@ def test_a_run_leaves_what_it_says_and_goes_on(tmp_path):
     assert (config.out / "heat.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="out: expected a new or empty directory"):
         needle.main(config)
-    with pytest.raises(ValueError, match="run of another configuration: steps was 3, now 4"):
-        needle.main(replace(config, resume=True, steps=4))
+    with pytest.raises(ValueError, match="run of another configuration: steps was 4, now 5"):
+        needle.main(replace(config, resume=True, steps=5))
 
     (config.out / "needle.jsonl").write_text(lines[0] + lines[1][:20])  # killed while it wrote
     again = needle.main(replace(config, resume=True))
@@ -78,6 +78,16 @@ def test_the_models_compared_are_of_about_the_same_size():
     assert layer["titans_mac"].cache_BC2GY.shape[1] == 64
 
 
+def test_texts_of_training_grow():
+    """Half of the steps are short ones; each step is made once, and the last texts are as long as they get."""
+    looks = needle.training(replace(TINY, begin_length=8, train_length=50, steps=40, log_every=6))
+    steps = [(i, length) for start, end, length in looks for i in range(start, end)]
+    assert [i for i, _ in steps] == list(range(40))
+    counts = {length: sum(of == length for _, of in steps) for length in (8, 16, 32, 50)}
+    assert counts == {8: 20, 16: 6, 32: 7, 50: 7} and [of for _, of in steps] == sorted(of for _, of in steps)
+    assert needle.training(replace(TINY, begin_length=16, steps=3)) == [(0, 2, 16), (2, 3, 16)]
+
+
 def test_the_table_has_means_over_depths_and_seeds():
     size = {"parameters": 1234, "state_bytes": 56, "seconds": 7.0, "kind": "passkey", "model": "window"}
     rows = [{**size, "seed": seed, "accuracy": {"16": [1.0, 0.5], "24": [0.0, seed]}} for seed in (0, 1)]
@@ -93,7 +103,8 @@ def test_bad_input_is_named(tmp_path):
         ("models: unknown model 'titan'; did you mean titans", {"models": ("titan",)}),
         ("models, kinds: expected at least one of each, got none", {"models": ()}),
         ("kind: unknown kind 'pass'; did you mean passkey", {"kinds": ("pass",)}),
-        ("train_length, lengths: expected integers >= 4, got 3", {"lengths": (3,)}),
+        ("begin_length, train_length, lengths: expected integers >= 4, got 3", {"lengths": (3,)}),
+        (r"expected begin_length <= train_length <= tokens, got \(8, 16, 15\)", {"tokens": 15}),
         ("width: expected a positive multiple of heads = 3, got 8", {"heads": 3, "models": ("titans_mal",)}),
         ("resume: expected a run in .*, got none", {"resume": True}),
     ):
