@@ -24,6 +24,7 @@ BLOCK = 64  # columns of a state that one CTA holds; contractions are padded to 
 PROCESSORS = 132  # of an H100 or H200
 LARGEST = {1: 256, 3: 128}  # K and V, by parts: shared memory holds 227 KB
 COARSE = 2.0**-6  # log-decays are split into multiples of this, whose sums are exact, and a remainder below it
+TINY = 1e-20  # divides in place of a beta of 0, and is nothing beside one that is not
 FLOOR = -2000.0  # exp of it is 0: such a decay is a reset
 WG = plgpu.Layout.WGMMA
 # Of bfloat16, as TMA writes and wgmma reads it.
@@ -149,9 +150,10 @@ def pad_features(x: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def with_resets(log_BTH: jax.Array, reset_BT: jax.Array) -> jax.Array:
+def with_resets(log_BTX: jax.Array, reset_BT: jax.Array) -> jax.Array:
     """Log-decays in which a reset is a decay to nothing."""
-    return jnp.where(reset_BT[..., None], FLOOR, jnp.maximum(log_BTH, FLOOR))
+    reset = reset_BT.reshape(*reset_BT.shape, *[1] * (log_BTX.ndim - 2))
+    return jnp.where(reset, FLOOR, jnp.maximum(log_BTX, FLOOR))
 
 
 def decays(log_BTH: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -205,10 +207,10 @@ def limits(q: Any, k: Any, v: Any, log_decay: Any, wide: dict[str, Any], device:
     for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
         if size > LARGEST[parts_of(q.dtype)]:
             return f"{name} = {size} is more than {LARGEST[parts_of(q.dtype)]}, what fits of {q.dtype} on the chip"
-    if len(log_decay.shape) == 4:
-        return "log_decay has a decay per key, [B, T, H, K], and Hopper's kernels take one per head, [B, T, H]"
     if device is not None and getattr(device, "compute_capability", None) != "9.0":
         return f"the device is a {device.device_kind}, not of compute capability 9.0"
+    if auto and len(log_decay.shape) == 4:
+        return "with a decay per key most of the work is XLA's in either form"
     programs = v.shape[0] * v.shape[2] * -(-v.shape[-1] // BLOCK)
     if auto and programs < PROCESSORS:
         return f"{programs} programs, rows by heads by {BLOCK} columns of V, do not fill {PROCESSORS} processors"

@@ -1,4 +1,4 @@
-"""The delta rule with a decay per head on Hopper GPUs: chunked, the state in registers from first to last token.
+"""The delta rule on Hopper GPUs: chunked, the state in registers from the first token to the last.
 
     S~ = exp(log_decay_t) S_{t-1}        S_t = S~ + k_t u_t'        u_t = beta_t (v_t - S~' k_t)        y_t = S_t' q_t
 
@@ -28,6 +28,8 @@ of the values, E; with the tokens as readers (q, dy) and (k, -E), all else is li
     dk = what (u, dy, q) read backward in time, less what (u, E, k) read of others' writes, less z
     dbeta = (E . v - k . z) / beta
 
+A decay per key takes the kernel of per_key_sm90.
+
 Source: Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length"
 (2024), arXiv:2406.06484, sec. 3.2, with decays as in Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024),
 arXiv:2412.06464, sec. 3.3.
@@ -45,14 +47,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memzoo_kernels import _hopper as hp
+from memzoo_kernels import per_key_sm90 as per_key
 from memzoo_kernels._hopper import BLOCK, WG, C
 from memzoo_kernels.linear_attention_sm90 import decay_gradient, sweep
-
-TINY = 1e-20  # divides in place of a beta of 0, and is nothing beside one that is not
 
 
 def support(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, S_BHKV, device, *, auto=False) -> str | None:
     """None, or the limit exceeded, in a sentence."""
+    if log_decay.ndim == 4 and q_BTHK.dtype == jnp.float32 and q_BTHK.shape[-1] > BLOCK:
+        return f"K = {q_BTHK.shape[-1]} is more than {BLOCK}, what fits of float32 with a decay per key"
     return hp.limits(q_BTHK, k_BTHK, v_BTHV, log_decay, {"beta": beta_BTH, "S": S_BHKV}, device, auto)
 
 
@@ -70,15 +73,22 @@ def delta_rule(
     """(y_BTHV in the dtype of q, k and v, S_BHKV in float32), as kernels/README.md has it."""
     T, K, V = q_BTHK.shape[1], q_BTHK.shape[-1], v_BTHV.shape[-1]
     q, k, v = (hp.pad_features(hp.pad_time(x)) for x in (q_BTHK, k_BTHK, v_BTHV))
-    log_BTH = hp.pad_time(hp.with_resets(log_decay, reset_BT))
-    y, S = _correct(q, k, v, hp.pad_time(beta_BTH), log_BTH, hp.pad_features(S_BHKV, (-1, -2)), interpret)
+    log, beta_BTH = hp.pad_time(hp.with_resets(log_decay, reset_BT)), hp.pad_time(beta_BTH)
+    S_BHKV = hp.pad_features(S_BHKV, (-1, -2))
+    if log_decay.ndim == 4:
+        heads_first = (per_key.heads_first(x) for x in (q, k, v, beta_BTH[..., None], hp.pad_features(log)))
+        y, S = per_key.correct(*heads_first, S_BHKV, interpret)
+        y = per_key.heads_last(y)
+    else:
+        y, S = _correct(q, k, v, beta_BTH, log, S_BHKV, interpret)
     return y[:, -T:, :, :V], S[..., :K, :V]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _correct(q, k, v, beta_BTH, log_BTH, S_BHKV, interpret):
     X_BHTC = inverse(k, beta_BTH, hp.decays(log_BTH)[0])
-    return _sweep(q, k, v, X_BHTC, _with_beta(hp.decays(log_BTH)[0], beta_BTH), S_BHKV, "y", interpret)
+    y, last = _sweep(q, k, v, X_BHTC, _with_beta(hp.decays(log_BTH)[0], beta_BTH), S_BHKV, "y", interpret)
+    return y, last
 
 
 def _correct_fwd(q, k, v, beta_BTH, log_BTH, S_BHKV, interpret):
@@ -95,7 +105,7 @@ def _correct_bwd(interpret, saved, cotangents):
     across = partial(jnp.swapaxes, axis1=-1, axis2=-2)
     reading = partial(sweep, decay_BHN4C=forwards, S_BHKV=across(S_BHKV), interpret=interpret)
     writing = partial(sweep, decay_BHN4C=backwards, reverse=True, interpret=interpret)
-    beta_BTH = jnp.where(jnp.abs(beta_BTH) < TINY, TINY, beta_BTH)
+    beta_BTH = jnp.where(jnp.abs(beta_BTH) < hp.TINY, hp.TINY, beta_BTH)
     dS0_BHKV, *E = _sweep(q, k, dy, X_BHTC, _with_beta(backwards, beta_BTH), dS_BHKV, "E", interpret)
     E_BTHV = sum(part.astype(jnp.float32) for part in E)
     dq, _, read = reading(dy, u, k, x=q)

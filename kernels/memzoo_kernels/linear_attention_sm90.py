@@ -1,4 +1,4 @@
-"""Linear attention with a decay per head on Hopper GPUs: chunked, the state in registers from first to last token.
+"""Linear attention on Hopper GPUs: chunked, the state in registers from the first token to the last.
 
     S_t = exp(log_decay_t) S_{t-1} + k_t v_t'        y_t = S_t' q_t
 
@@ -26,6 +26,8 @@ The gradient of a log-decay is the sum over all pairs of tokens that it stands b
 reads: pairs inside the chunk and pairs with one token in it come out of the sweeps as r = q . dq and k . dk, without
 each token's own write, which no decay touches; pairs around the chunk follow from the chunk after it.
 
+A decay per key takes the kernel of per_key_sm90.
+
 Source: Sun et al., "Retentive Network" (2023), arXiv:2307.08621, and Yang et al., "Gated Linear Attention Transformers"
 (2023), arXiv:2312.06635, for the chunked form; the exchange of roles is Katharopoulos et al., "Transformers are RNNs"
 (2020), arXiv:2006.16236, eq. 13-15.
@@ -43,6 +45,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memzoo_kernels import _hopper as hp
+from memzoo_kernels import per_key_sm90 as per_key
 from memzoo_kernels._hopper import BLOCK, WG, C
 
 
@@ -63,9 +66,15 @@ def linear_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """(y_BTHV in the dtype of q, k and v, S_BHKV in float32), as kernels/README.md has it."""
     T, K, V = q_BTHK.shape[1], q_BTHK.shape[-1], v_BTHV.shape[-1]
-    log_BTH = hp.with_resets(log_decay, reset_BT)
+    log = hp.pad_time(hp.with_resets(log_decay, reset_BT))
     q, k, v = (hp.pad_features(hp.pad_time(x)) for x in (q_BTHK, k_BTHK, v_BTHV))
-    y, S = _attend(q, k, v, hp.pad_time(log_BTH), hp.pad_features(S_BHKV, (-1, -2)), interpret)
+    S_BHKV = hp.pad_features(S_BHKV, (-1, -2))
+    if log_decay.ndim == 4:
+        heads_first = (per_key.heads_first(x) for x in (q, k, v, hp.pad_features(log)))
+        y, S = per_key.attend(*heads_first, S_BHKV, interpret)
+        y = per_key.heads_last(y)
+    else:
+        y, S = _attend(q, k, v, log, S_BHKV, interpret)
     return y[:, -T:, :, :V], S[..., :K, :V]
 
 

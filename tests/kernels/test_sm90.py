@@ -26,12 +26,12 @@ def no_races(capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out  # jax 0.11.2 only prints it
 
 
-def make(op, keys="correlated", decay="mixed", length=T, sizes=(H, K, V), seed=0):
+def make(op, keys="correlated", decay="mixed", per_key=False, length=T, sizes=(H, K, V), seed=0):
     rng, (H, K, V) = np.random.default_rng(seed), sizes
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     k = normal(B, length, H, K) * {"random": 1, "correlated": 0.3, "identical": 0.01}[keys]
     k += 0 if keys == "random" else normal(B, 1, H, K)
-    shape = (B, length, H)
+    shape = (B, length, H, K) if per_key else (B, length, H)
     log_decay = {
         "weak": -0.01 * rng.uniform(size=shape),
         "strong": -20 * rng.uniform(0.5, 1, shape),
@@ -63,7 +63,8 @@ def of(op, form, dtype=jnp.bfloat16):
         else:
             arrays = {name: jnp.asarray(a, dtype if name in "qkv" else a.dtype) for name, a in arrays.items()}
             arrays["S"] = jnp.where(reset[:, :1, None, None], 0, arrays["S"])
-            y, S = getattr(MODULES[op], op)(*(arrays[name] for name in NAMES[op]), reset, interpret=STRICT)
+            run = jax.jit(functools.partial(getattr(MODULES[op], op), interpret=STRICT))  # as ops do
+            y, S = run(*(arrays[name] for name in NAMES[op]), reset)
             assert y.dtype == dtype and S.dtype == jnp.float32
         return jnp.sum(y * weights[0]) + jnp.sum(S * weights[1]), (y, S)
 
@@ -92,6 +93,8 @@ def check(op, arrays, reset, weights, dtype=jnp.bfloat16):
         assert relative(gradient, want_gradients[name]) < slopes, name
 
 
+EACH = [(op, per_key) for op in MODULES for per_key in (False, True)]
+both_decays = pytest.mark.parametrize(("op", "per_key"), EACH, ids=[f"{op}-{'key' if p else 'head'}" for op, p in EACH])
 each = pytest.mark.parametrize("op", MODULES)
 both = pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32), ids=("bfloat16", "float32"))
 
@@ -103,11 +106,18 @@ def test_the_kernel_is_the_definition(op):
 
 @pytest.mark.long
 @each
+def test_with_a_decay_per_key(op):
+    check(op, *make(op, per_key=True))
+
+
+@pytest.mark.long
+@both_decays
 @both
-def test_whatever_the_keys_and_decays(op, dtype):
+def test_whatever_the_keys_and_decays(op, per_key, dtype):
+    sizes = (H, 24 if per_key and dtype == jnp.float32 else K, V)  # what fits
     for seed, keys in enumerate(KEYS):
         for decay in DECAYS:
-            check(op, *make(op, keys, decay, seed=seed), dtype)
+            check(op, *make(op, keys, decay, per_key, sizes=sizes, seed=seed), dtype)
 
 
 @pytest.mark.long
@@ -215,7 +225,12 @@ def test_support_names_the_limit(op):
     *rest, S = shapes(op)
     assert support(*rest, jax.ShapeDtypeStruct(S.shape, jnp.float64), None) == "S is float64, not float32"
     *rest, S = shapes(op)
-    assert "per key" in support(*rest[:-1], jax.ShapeDtypeStruct(q.shape, jnp.float32), S, None)
+    per_key = [*rest[:-1], jax.ShapeDtypeStruct(q.shape, jnp.float32), S]
+    assert support(*per_key, Chip()) is None and "per key" in support(*per_key, Chip(), auto=True)
+    if op == "delta_rule":
+        *rest, S = shapes(op, V=128, dtype=jnp.float32)
+        log_decay = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+        assert "K = 128 is more than 64" in support(*rest[:-1], log_decay, S, None)
     assert support(*shapes(op), OtherChip()) == "the device is a NVIDIA A100, not of compute capability 9.0"
     assert "compute capability" in support(*shapes(op), jax.devices("cpu")[0])
     assert support(*shapes(op, heads=17), Chip(), auto=True) is None
