@@ -229,4 +229,5 @@ def sweep(kernel, inputs, outputs, scratch, *, flops, interpret, reverse=False):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(flops=B * H * N * flops, bytes_accessed=memory, transcendentals=exps),
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
+        name=kernel.__module__.rsplit(".", 1)[-1] + kernel.__name__,
     )(*inputs)

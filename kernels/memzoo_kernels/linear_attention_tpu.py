@@ -18,9 +18,9 @@ HBM:       the inputs and outputs, heads first, each read or written once per sw
 VMEM:      two buffers of each tile, filled and emptied by the pipeline; S', float32; at K = V = 256 under 4 MiB.
 Registers: the rest, which lives for one chunk: P, the decays, and what the gradient pulls back through them.
 
-Per token and head, of e bytes an element (2 in bfloat16), C = 128, or 64 with a decay per key:
-      forward   e (2 K + 2 V) + 4 X bytes,  2 (C K + C V + 2 K V) flops
-      backward  e (7 K + 5 V) + 20 X bytes, 2 (5 C K + 3 C V + 6 K V) flops, both sweeps
+Per token and head, of e bytes an element (2 in bfloat16), C = 128:
+      forward   e (2 K + 2 V) + 4 X bytes,   2 (C K + C V + 2 K V) flops
+      backward  e (6 K + 5 V) + 20 X bytes,  2 (4 C K + 3 C V + 5 K V) flops, both sweeps
 where X is 1, or K with a decay per key; the products C K are then made log2 C times, once for each halving of a chunk.
 
 The gradient of log_decay_t is a sum over pairs of tokens, the later one from t on, the earlier one before t. Pairs in
@@ -55,7 +55,7 @@ from memzoo_kernels._tpu import (
     write_log,
 )
 
-CHUNK, CHUNK_PER_KEY = 128, 64
+CHUNK = 128
 
 
 def support(q, k, v, log_decay, S, device: jax.Device | None, *, auto: bool = False) -> str | None:
@@ -75,7 +75,7 @@ def linear_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """As memzoo.ops.linear_attention, every argument given: (y_BTHV, S_BHKV). See kernels/README.md."""
     T = q_BTHK.shape[1]
-    C = chunk_of(T, CHUNK if log_decay.ndim == 3 else CHUNK_PER_KEY)
+    C = chunk_of(T, CHUNK)
     q, k, v = (heads_first(x, C) for x in (q_BTHK, k_BTHK, v_BTHV))
     log = log_decays(log_decay, reset_BT, C)
     y, S_BHVK = _kernel(q, k, v, log, jnp.swapaxes(S_BHKV, 2, 3), interpret)
@@ -105,7 +105,7 @@ def _kernel_bwd(interpret, saved, cotangents):
     run = partial(sweep, interpret=interpret)
 
     inputs = q, k, v, log, dy, S_BHVK, dS_BHVK
-    flops = 2 * C * (3 * C * K + C * V + 3 * K * V)
+    flops = 2 * C * (2 * C * K + C * V + 2 * K * V)
     dq, dlog, read, kept = run(_queries, inputs, [*like(q, log), read, kept], [(V, K)], flops=flops)
     inputs = q, k, v, log, dy, dlog, read, kept, dS_BHVK
     flops = 2 * C * (2 * C * K + 2 * C * V + 3 * K * V)
