@@ -42,7 +42,9 @@ def chunks(memory, objective, rule, A0, fixed, state, xs, reset_BT, C, aligned):
             reset_BC = x[-2]
             first = lambda s: reset_BC[:, 0].reshape(-1, *[1] * (s.ndim - 1))
             state = jax.tree.map(lambda s: jnp.where(first(s), jnp.zeros_like(s), s), state)
-            several = jnp.any(state.place_B != 0) | jnp.any(reset_BC[:, 1:])
+            reset_BC = reset_BC.at[:, 0].set(False)  # done: these tokens are after what came in, which is zeros
+            several = jnp.any(state.place_B != 0) | jnp.any(reset_BC)
+            x = (*x[:-2], reset_BC, x[-1])
         one = partial(_chunk, memory, objective, rule, several)
         head = jax.vmap(one, in_axes=(0, 0, HEADS, *[1] * 8, None, None), out_axes=(HEADS, 1))
         return jax.vmap(partial(head, A0, fixed))(state, *x)

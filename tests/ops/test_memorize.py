@@ -115,12 +115,14 @@ def assert_close(got, want, atol=1e-10):
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
 def test_is_gradient_descent_written_out(impl):
     with jax.enable_x64(True):
-        p = problem()
-        y_BTHV, state = run(p, resets(), None, impl, Rule(window=WINDOW))
-        want_BTHV, A = written_out(p, resets(), WINDOW)
-        np.testing.assert_allclose(y_BTHV, want_BTHV, atol=1e-12)
-        assert_close(state.A, A, 1e-12)
-        assert state.place_B.tolist() == [(T - 7) % CHUNK, (T - 4) % CHUNK]
+        p, at_chunks = problem(), np.zeros((B, T), bool)
+        at_chunks[0, 0] = at_chunks[1, CHUNK] = True
+        for reset_BT, last in ((resets(), (7, 4)), (at_chunks, (0, CHUNK))):
+            y_BTHV, state = run(p, reset_BT, None, impl, Rule(window=WINDOW))
+            want_BTHV, A = written_out(p, reset_BT, WINDOW)
+            np.testing.assert_allclose(y_BTHV, want_BTHV, atol=1e-12)
+            assert_close(state.A, A, 1e-12)
+            assert state.place_B.tolist() == [(T - start) % CHUNK for start in last]
 
 
 def squashed(S):
