@@ -1,4 +1,5 @@
-"""A stream of 131,072 tokens in pieces of 4,096 equals one call, in every form of every architecture of constant state.
+"""A stream of 131,072 tokens stays finite, and in pieces of 4,096 equals one call, in every form of every architecture
+of constant state.
 
 Left out by default, for its time: `python -m pytest -m long` runs it.
 
