@@ -20,7 +20,7 @@ from pathlib import Path
 
 _directory = tempfile.TemporaryDirectory()
 DUMP = _directory.name
-os.environ["TPU_SKIP_MDS_QUERY"], os.environ["JAX_PLATFORMS"] = "1", "cpu"
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
 if sys.argv[2:] == ["usual"]:  # to write all stages of all programs takes longer than to compile them
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
 
