@@ -11,6 +11,11 @@ commute, and full, CP-factorised or block-diagonal ones any finite automaton; de
 and in DeltaNet whose beta is below 1, not even parity. DeltaNet whose beta goes to 2 has negative eigenvalues, and
 reflects. LSTM and sLSTM are not linear in their state, and can follow any automaton.
 
+A run takes 20 to 100 s on two cores. Expect, at 512 elements, one seed: full and CP right on Z2, Z5 and S3, block on
+Z2 and Z5 and 0.78 of S3, diagonal on Z2 alone; rotation on Z2 and Z5 to 32 elements and not far beyond, as its angles
+are nearly right. mamba2, and deltanet without negative eigenvalues, have no group; with them 0.79 of Z2. That is the
+paper's order. lstm and slstm have Z2, and of Z5 and S3 had learned little within 1,000 steps. S5 was not run.
+
 `--models` and `--groups` ask less, `--steps`, `--width` and `--lengths` more. `--out` holds state_tracking.jsonl (a
 line per model, group and seed), table.md and accuracy.png. One whose loss is not finite stops there, and says so.
 
