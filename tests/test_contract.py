@@ -90,9 +90,8 @@ FIELDS = {
     "onion_esn": {"units": 15, "rings": 3, "leak": 0.6, "bias_scale": 0.5},
 }
 NAMES = memzoo.names()
-# Trees of products compile slowest, newton after them, and kernels are interpreted: they are left to the long tests.
-# Each op tests them by default.
-# So are most memories that learn while they read, of which titans and ttt_linear have all that the others have.
+# Trees of products compile slowest, newton after them, and kernels are interpreted: they are left to the long tests, as
+# each op tests them by default. So are most memories that learn while they read: titans and ttt_linear have all of it.
 SLOW = ("associative", "newton", "pallas", "ttt_mlp", "moneta", "yaad", "memora", "omega_net", "atlas", "dot")
 
 

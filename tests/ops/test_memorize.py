@@ -13,6 +13,7 @@ import pytest
 
 from memzoo import ops
 from memzoo.ops import Gates, MemoryState, Rule, memorize
+from memzoo.ops.memory import half_square
 
 B, T, H, K, V, F = 2, 13, 3, 4, 5, 6
 CHUNK, WINDOW = 5, 3
@@ -26,10 +27,6 @@ def network(apply, x_TK, fixed):
     """Two layers, a bias, and an output gain that does not change while it reads."""
     ones_T1 = jnp.ones((len(x_TK), 1), x_TK.dtype)
     return apply("out", jnp.tanh(apply("in", x_TK) + apply("bias", ones_T1))) * fixed["gain"]
-
-
-def half_square(y_V, v_V):
-    return jnp.sum((y_V - v_V) ** 2) / 2
 
 
 class Problem(NamedTuple):
