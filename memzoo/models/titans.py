@@ -1,4 +1,4 @@
-"""What the three Titans share: the stack, attention over a window with persistent tokens in front, and the gate.
+"""What Titans share: the stack, attention over a window with persistent tokens in front, the layer around it, the gate.
 
     x = layer(x)        x = x + SwiGLU(norm(x))        logits = head(norm(x))
 
@@ -13,7 +13,7 @@ Dims: B batch, T time, D width, H heads, K key and value of a head, N persistent
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from memzoo import contract
+from memzoo import contract, zoo
 from memzoo.models.backbone import SwiGLU, begin, embed, logits
 from memzoo.ops.prefix_attention import PrefixCache, empty_prefix_cache, prefix_attention
 
@@ -55,6 +55,33 @@ class WindowAttention(nn.Module):
             q(x_BTD), k(x_BTD), v(x_BTD), *prefix, cache, reset_BT, fresh=state is None, impl=self.impl
         )
         return nn.DenseGeneral(self.width, axis=(-2, -1), name="out", **kinds)(y_BTHK), cache
+
+
+class WindowState(NamedTuple):
+    """Of a WindowLayer."""
+
+    memory: Any
+    window: PrefixCache
+
+
+class WindowLayer(nn.Module):
+    """What MAG and MAL are made of. x_BTD, WindowState or None, reset_BT -> x_BTD, WindowState."""
+
+    width: int
+    heads: int
+    memory_fields: FrozenDict
+    window: int
+    impl: str
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    def parts(self, **of_module: Any) -> tuple[Any, WindowAttention]:
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, **of_module}
+        memory = zoo.make("titans", **self.memory_fields, **of_module)
+        return memory, WindowAttention(self.width, self.heads, self.window, self.impl, **kinds)
+
+    def initial_state(self, batch: int) -> WindowState:
+        return WindowState._make(part.initial_state(batch) for part in self.parts(parent=None))
 
 
 class Gate(nn.Module):

@@ -12,51 +12,24 @@ Differs: the stack is that of memzoo.models.titans. p have no places: see memzoo
 Dims: B batch, T time, D width, N persistent tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
-from jax.typing import DTypeLike
 
-from memzoo import zoo
-from memzoo.models.titans import Gate, Titans, WindowAttention
-from memzoo.ops.prefix_attention import PrefixCache
+from memzoo.models.titans import Gate, Titans, WindowLayer, WindowState
 
 
-class State(NamedTuple):
-    """Of a layer."""
-
-    memory: Any
-    window: PrefixCache
-
-
-class Layer(nn.Module):
-    """x_BTD, State or None, reset_BT -> x_BTD, State."""
-
-    width: int
-    heads: int
-    memory_fields: FrozenDict
-    window: int
-    impl: str
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
-    def parts(self, **of_module: Any) -> tuple[Any, WindowAttention]:
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, **of_module}
-        memory = zoo.make("titans", **self.memory_fields, **of_module)
-        return memory, WindowAttention(self.width, self.heads, self.window, self.impl, **kinds)
-
-    def initial_state(self, batch: int) -> State:
-        return State._make(part.initial_state(batch) for part in self.parts(parent=None))
-
+class Layer(WindowLayer):
     def setup(self):
         self.memory, self.attention = self.parts()
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.norm, self.gate = nn.RMSNorm(**kinds), Gate(**kinds)
 
-    def __call__(self, x_BTD: jax.Array, state: State | None, reset_BT: jax.Array | None) -> tuple[jax.Array, State]:
+    def __call__(
+        self, x_BTD: jax.Array, state: WindowState | None, reset_BT: jax.Array | None
+    ) -> tuple[jax.Array, WindowState]:
         memory, window = (None, None) if state is None else state
         u_BTD = self.norm(x_BTD)
         m_BTD, memory = self.memory(u_BTD, memory, reset_BT)
@@ -64,7 +37,7 @@ class Layer(nn.Module):
         if self.memory_fields["persistent"]:
             p_ND = self.memory.get_variable("params", "persistent")
         y_BTD, window = self.attention(u_BTD, window, reset_BT, p_ND)
-        return x_BTD + self.gate(y_BTD, m_BTD), State(memory, window)
+        return x_BTD + self.gate(y_BTD, m_BTD), WindowState(memory, window)
 
 
 class TitansMAG(Titans):

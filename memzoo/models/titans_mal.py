@@ -13,45 +13,16 @@ is; and it stays in sight, where a window leaves it behind. The stack is that of
 Dims: B batch, T time, D width, N persistent tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
-from jax.typing import DTypeLike
 
-from memzoo import zoo
-from memzoo.models.titans import Titans, WindowAttention
-from memzoo.ops.prefix_attention import PrefixCache
+from memzoo.models.titans import Titans, WindowLayer, WindowState
 
 
-class State(NamedTuple):
-    """Of a layer."""
-
-    memory: Any
-    window: PrefixCache
-
-
-class Layer(nn.Module):
-    """x_BTD, State or None, reset_BT -> x_BTD, State."""
-
-    width: int
-    heads: int
-    memory_fields: FrozenDict
-    window: int
-    impl: str
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
-    def parts(self, **of_module: Any) -> tuple[Any, WindowAttention]:
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, **of_module}
-        memory = zoo.make("titans", **self.memory_fields, **of_module)
-        return memory, WindowAttention(self.width, self.heads, self.window, self.impl, **kinds)
-
-    def initial_state(self, batch: int) -> State:
-        return State._make(part.initial_state(batch) for part in self.parts(parent=None))
-
+class Layer(WindowLayer):
     def setup(self):
         self.memory, self.attention = self.parts()
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -61,12 +32,14 @@ class Layer(nn.Module):
             normal = nn.initializers.normal(1.0)
             self.persistent_ND = self.param("persistent", normal, (N, self.width), self.param_dtype)
 
-    def __call__(self, x_BTD: jax.Array, state: State | None, reset_BT: jax.Array | None) -> tuple[jax.Array, State]:
+    def __call__(
+        self, x_BTD: jax.Array, state: WindowState | None, reset_BT: jax.Array | None
+    ) -> tuple[jax.Array, WindowState]:
         memory, window = (None, None) if state is None else state
         y_BTD, memory = self.memory(self.memory_norm(x_BTD), memory, reset_BT)
         x_BTD = x_BTD + y_BTD
         y_BTD, window = self.attention(self.attention_norm(x_BTD), window, reset_BT, self.persistent_ND)
-        return x_BTD + y_BTD, State(memory, window)
+        return x_BTD + y_BTD, WindowState(memory, window)
 
 
 class TitansMAL(Titans):
