@@ -227,7 +227,7 @@ def keys_and_values(p, x_BLD, G, at_BL):
 
 
 def split(x_BLE, heads):
-    return x_BLE.reshape(*x_BLE.shape[:2], heads, -1)
+    return x_BLE.reshape(*x_BLE.shape[:2], heads, x_BLE.shape[-1] // heads)  # also with no tokens
 
 
 def project(x_BLD, W_DE):

@@ -32,7 +32,7 @@ def turn(x_BTHK: jax.Array, n_BT: jax.Array, base: float = 10_000.0) -> jax.Arra
 
     Raises ValueError, by name, for an odd K and for a base that is not a finite number > 0.
     """
-    check_shapes(x_BTHK=x_BTHK)
+    check_shapes("T", x_BTHK=x_BTHK)
     if x_BTHK.shape[-1] % 2:
         raise ValueError(f"x_BTHK: expected an even K, to turn pairs, got shape {list(x_BTHK.shape)}")
     if not (isinstance(base, numbers.Real) and 0 < base < np.inf):
