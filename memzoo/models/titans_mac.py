@@ -118,6 +118,7 @@ def block(p, titans, impl, fresh, state, xs):
     q_BLGR, kv_BLGY, asked_BLHK, count_BL, reset_BL = xs
     (B, L, G, _), N, (H, K, _, _, _) = q_BLGR.shape, len(p["persistent"]), titans.sizes()
     A = {n: p[f"memory_{n}"].astype(state.told_BPE.dtype) for n in state.start}
+    aligned = fresh and state.cache_BC2GY.shape[1] % titans.chunk == 0  # segments begin with a chunk
     if not fresh:  # what came in must not pass a reset at the first token
         state = either(reset_BL[:, 0], jax.tree.map(jnp.zeros_like, state), state)
     start = either(count_BL[:, 0] == 0, state.memory.A, state.start)
@@ -136,7 +137,8 @@ def block(p, titans, impl, fresh, state, xs):
             h_BLHV = tokens(anew_BL, of_new, tokens(next_BL, of_next, h_BLHV))
         h_BLD = read(p, h_BLHV.astype(kv_BLGY.dtype))
         kv_BL2GY = jnp.stack([keys_and_values(p, h_BLD, G, N + count_BL), kv_BLGY], axis=2)
-        y_BLD = attend(q_BLGR, kv_BL2GY, prefix_NGY, state.cache_BC2GY, section_BL, count_BL[:, 0])
+        past = state.cache_BC2GY[:, :0] if fresh else state.cache_BC2GY
+        y_BLD = attend(q_BLGR, kv_BL2GY, prefix_NGY, past, section_BL, count_BL[:, 0])
         y_BLD = norm(project(y_BLD, p["kernel_out"]), p["scale_attended"])
 
         told_BLE, told_BPE = ops.short_conv(project(y_BLD, p["kernel_told"]), p["conv"], state.told_BPE, reset_BL)
@@ -148,9 +150,9 @@ def block(p, titans, impl, fresh, state, xs):
         theta_BLH = kept(step * (1 - eta_BLH) * theta_BLH, 0.0)
         rate_BLH = kept(jnp.ones_like(theta_BLH), 0.0)
         gates = ops.Gates(theta_BLH, kept(eta_BLH, 1.0), kept(alpha_BLH, 0.0), rate_BLH)
-        told = ops.unit(q_BLHK), ops.unit(k_BLHK), v_BLHV, gates, state.memory, reset_BL
+        told = ops.unit(q_BLHK), ops.unit(k_BLHK), v_BLHV, gates, state.memory, None if aligned else reset_BL
         network = partial(mlp, titans.depth), half_square
-        m_BLHV, memory = ops.memorize(*network, A, *told, chunk=titans.chunk, impl=impl)
+        m_BLHV, memory = ops.memorize(*network, A, *told, chunk=titans.chunk, impl=impl, aligned=aligned)
         return memory, told_BPE, kv_BL2GY, y_BLD, read(p, m_BLHV)
 
     everything, there = jnp.ones((B, L), bool), zeros

@@ -64,6 +64,7 @@ def memorize(
     fixed: Any = None,
     chunk: int = 1,
     impl: str = "auto",
+    aligned: bool = False,
 ) -> tuple[jax.Array, MemoryState]:
     """All T tokens. Returns (what the memory reads, [B, T, H, ...] in the dtype of v, and MemoryState).
 
@@ -73,6 +74,8 @@ def memorize(
     objective: (y, v_V) -> the loss of one token, twice differentiable. v may tell it more than the value: it has any V.
     A: A_0, matrices [H, O, I] by name. chunk: part of what is computed, not of how.
     impl: 'scan', 'chunk' (all tokens of a chunk at once) or 'auto'. Both are differentiable in all arrays, exactly.
+    aligned: the caller knows that in every row of `state` a chunk begins, as is known of no state; with no resets given,
+    'chunk' then does a third of the work. Where it is not so, the result is wrong.
     Raises ValueError for arguments that do not fit, NotImplementedError for a form this op does not have.
     """
     rule = Rule() if rule is None else rule
@@ -97,7 +100,7 @@ def memorize(
     shapes: Any = {name: W.shape for name, W in A.items()}
     kinds: dict[str, Any] = {"momentum": gates.eta_BTH is not None, "window": rule.window, "chunk": chunk}
     fresh = partial(memory_state, B, shapes, K, V, wide, **kinds)
-    aligned = state is None and reset_BT is None
+    aligned = reset_BT is None and (aligned or state is None)
     if state is None:
         state = fresh()
     contract.check_state(state, jax.eval_shape(fresh))

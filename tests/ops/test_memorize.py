@@ -82,11 +82,11 @@ def written_out(p, reset_BT, window):
     return y_BTHV, {name: np.stack([A[name] for A in last]).reshape(B, H, *A0[name].shape) for name in A0}
 
 
-@partial(jax.jit, static_argnames=("impl", "rule"))
-def run(p, reset_BT, state, impl, rule):
+@partial(jax.jit, static_argnames=("impl", "rule", "aligned"))
+def run(p, reset_BT, state, impl, rule, aligned=False):
     return memorize(
         network, half_square, *(p.A, p.q_BTHK, p.k_BTHK, p.v_BTHV, p.gates), state, reset_BT,
-        rule=rule, fixed=p.fixed, chunk=CHUNK, impl=impl,
+        rule=rule, fixed=p.fixed, chunk=CHUNK, impl=impl, aligned=aligned,
     )  # fmt: skip
 
 
@@ -158,6 +158,17 @@ def test_pieces_are_the_whole(impl):
             ys.append(y_BTHV)
         np.testing.assert_allclose(np.concatenate(ys, 1), want_BTHV, atol=1e-12)
         assert_close(state, want, 1e-12)
+
+
+def test_a_call_may_be_known_to_begin_with_a_chunk():
+    with jax.enable_x64(True):
+        p, rule = problem(), Rule(window=WINDOW)
+        want_BTHV, want = run(p, None, None, "scan", rule)
+        part = lambda *at: Problem(p.A, p.fixed, *jax.tree.map(lambda x: x[:, slice(*at)], p[2:]))
+        _, state = run(part(2 * CHUNK), None, None, "chunk", rule, aligned=True)
+        y_BTHV, last = run(part(2 * CHUNK, T), None, state, "chunk", rule, aligned=True)
+        np.testing.assert_allclose(y_BTHV, want_BTHV[:, 2 * CHUNK :], atol=1e-12)
+        assert_close(last, want, 1e-12)
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
