@@ -63,7 +63,8 @@ MODELS: dict[str, Callable[[Any, Needle], Any]] = {
     "titans_mac": partial(titans, TitansMAC, "segment"),
     "titans_mag": partial(titans, TitansMAG, "window"),
     "titans_mal": partial(titans, TitansMAL, "window"),
-    "atlas": lambda c, task: stack("atlas", c, task, heads=c.heads, chunk=c.chunk),
+    # Keys of half the width: their features are pairs of channels, and each token's momentum is a matrix of these.
+    "atlas": lambda c, task: stack("atlas", c, task, heads=c.heads, chunk=c.chunk, key_dim=c.width // c.heads // 2),
     "gated_deltanet": lambda c, task: stack("gated_deltanet", c, task, heads=c.heads),
     "mamba2": lambda c, task: stack("mamba2", c, task, head_dim=c.width // c.heads),
     "window": lambda c, task: stack("attention", c, task, heads=c.heads, window=c.reach, sinks=0),
