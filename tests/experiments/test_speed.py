@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import decode_speed, newton_speed, op_speed
+from experiments import decode_speed, memory_speed, newton_speed, op_speed
 
 
 @pytest.mark.long
@@ -101,4 +101,31 @@ def test_newton_speed(tmp_path):
 def test_newton_speed_refuses_bad_fields_before_anything_is_measured(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         newton_speed.main(newton_speed.Config(tmp_path / "new", **fields))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.long
+def test_memory_speed(tmp_path):
+    config = memory_speed.Config(tmp_path, ("ttt_linear",), (1, 3), (7,), width=6, heads=3, repeats=1)
+    rows = memory_speed.main(config)
+    assert rows == [json.loads(line) for line in (tmp_path / "memory_speed.jsonl").read_text().splitlines()]
+    assert [row["chunk"] for row in rows] == [1, 3] and (tmp_path / "memory_speed.png").stat().st_size > 1000
+    assert all(row["us_per_token"] > 0 and row["bytes"] > 0 for row in rows)
+    assert rows[0]["times_1"] == 1 and rows[1]["times_1"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"names": ("titan",)}, "names: unknown name 'titan'; did you mean titans"),
+        ({"names": ("lattice",)}, "names: unknown name 'lattice'"),
+        ({"chunks": ()}, "chunks: expected at least one, got none"),
+        ({"chunks": (1, 0)}, "chunks: expected an integer >= 1, got 0"),
+        ({"lengths": (0,)}, "lengths: expected an integer >= 1, got 0"),
+        ({"width": 10}, "width: expected a positive multiple of heads = 4, got 10"),
+    ],
+)
+def test_memory_speed_refuses_bad_fields_before_anything_is_measured(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        memory_speed.main(memory_speed.Config(tmp_path / "new", **fields))
     assert not (tmp_path / "new").exists()

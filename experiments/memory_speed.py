@@ -1,0 +1,112 @@
+"""How much faster do memories that learn while they read learn by chunks?
+
+    python experiments/memory_speed.py
+
+Every row times one layer, forward and backward, token by token (chunk = 1, its definition) and by chunks of which all
+gradients are taken at once, in turn, and prints medians, and how many times as fast the chunks are. Chunks of another
+size are another function: what a memory learns of a token is taken where its chunk began. `bytes` is the compiled
+program's temporary memory. What wants more than --memory-limit is left out.
+
+`--out` holds memory_speed.jsonl and memory_speed.png.
+
+Dims: B batch, T time, D width.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from op_speed import compile_all, time_all
+from tqdm import tqdm
+
+import memzoo
+from memzoo import checkpoint, contract, host
+
+NAMES = tuple(name for name in memzoo.names("test-time memory") if name != "lattice")  # which has no chunks
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = Path("runs/memory_speed")  # a new directory
+    names: tuple[str, ...] = ("ttt_linear", "titans", "omega_net")
+    chunks: tuple[int, ...] = (1, 16, 64)
+    lengths: tuple[int, ...] = (1024, 4096)
+    width: int = 128
+    heads: int = 4
+    batch: int = 1
+    repeats: int = 3
+    memory_limit: float = 12.0  # GB of temporary memory
+
+
+def measure(config: Config, name: str, T: int) -> list[dict[str, Any]]:
+    x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((config.batch, T, config.width)), jnp.float32)
+    layers = {chunk: memzoo.make(name, width=config.width, heads=config.heads, chunk=chunk) for chunk in config.chunks}
+    params = jax.jit(layers[config.chunks[0]].init)(jax.random.key(0), x_BTD[:, :1])
+    loss = lambda layer, params, x_BTD: jnp.sum(layer.apply(params, x_BTD)[0] ** 2)
+    programs = {str(chunk): jax.grad(partial(loss, layer), argnums=(0, 1)) for chunk, layer in layers.items()}
+    compiled, wanted = compile_all(programs, (params, x_BTD), config.memory_limit)
+    seconds = time_all(compiled, (params, x_BTD), config.repeats)
+    rows = []
+    for chunk in config.chunks:
+        row: dict[str, Any] = {"name": name, "width": config.width, "T": T, "chunk": chunk, "bytes": wanted[str(chunk)]}
+        if str(chunk) in seconds:
+            row["us_per_token"] = round(1e6 * seconds[str(chunk)] / T / config.batch, 2)
+            if "1" in seconds:
+                row["times_1"] = round(seconds["1"] / seconds[str(chunk)], 2)
+        rows.append(row)
+        found = f"{row.get('us_per_token', '?')} us/token, {row.get('times_1', '?')} x chunk 1"
+        tqdm.write(f"{name}, T={T:,}, chunk {chunk}: {found}, {row['bytes'] / 1e6:,.0f} MB")
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time per token by the chunk, a line for each architecture and length."""
+    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    for name, T in dict.fromkeys((row["name"], row["T"]) for row in rows):
+        mine = [row for row in rows if (row["name"], row["T"]) == (name, T) and "us_per_token" in row]
+        if mine:
+            points = zip(*((row["chunk"], row["us_per_token"]) for row in mine), strict=True)
+            axes.loglog(*points, marker=".", label=f"{name}, T = {T:,}")
+    axes.set(xlabel="tokens of a chunk", ylabel="us per token, forward + backward")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    contract.positive(width=config.width, heads=config.heads, batch=config.batch, repeats=config.repeats)
+    for name in config.names:
+        if name not in NAMES:
+            raise ValueError(f"names: unknown name {name!r}; {contract.nearest(name, NAMES)}")
+    for field in ("chunks", "lengths"):
+        if not getattr(config, field):
+            raise ValueError(f"{field}: expected at least one, got none")
+        for number in getattr(config, field):
+            contract.positive(**{field: number})
+    contract.divisible("width", config.width, "heads", config.heads)
+    checkpoint.check(config.out, {}, resume=False)
+    config.out.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0]
+    tqdm.write(f"jax {jax.__version__}, {device.device_kind}, B={config.batch}, {time.strftime('%Y-%m-%d')}")
+    rows: list[dict[str, Any]] = []
+    for name, T in tqdm([(name, T) for name in config.names for T in config.lengths], leave=False):
+        rows += measure(config, name, T)
+        (config.out / "memory_speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot(rows, config.out / "memory_speed.png")
+    return rows
+
+
+if __name__ == "__main__":
+    host.keep_pages()
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
