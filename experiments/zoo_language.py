@@ -16,7 +16,8 @@ two that are close says little.
 Each takes one to five minutes on two CPU cores. Expect, against 2.321 nats for pairs of bytes, with a third of the
 steps (--steps 200): from 1.43 (mamba2), 1.46 (gru) and 1.47 (mamba) over 1.50 (gated_deltanet) and 1.76 (attention) to
 2.20 (linear_attention, based, aaren, which know no order of tokens, and causal_rn 2.23); bilinear_rnn, which forgets
-all but its last few tokens, is at 2.36, and at 2.316 after all 600.
+all but its last few tokens, is at 2.36, and at 2.316 after all 600. With all 600, too: hax 1.240, mom 1.259, lizard
+1.288, gam 1.299, liger 1.336, jrt 2.077.
 
 `--out` holds table.md, zoo_language.jsonl (a line per architecture), loss.png, and a directory for each architecture
 as language_model.py writes it.
