@@ -74,7 +74,7 @@ def memorize(
     objective: (y, v_V) -> the loss of one token, twice differentiable. v may tell it more than the value: it has any V.
     A: A_0, matrices [H, O, I] by name. chunk: part of what is computed, not of how.
     impl: 'scan', 'chunk' (all tokens of a chunk at once) or 'auto'. Both are differentiable in all arrays, exactly.
-    aligned: the caller knows that in every row of `state` a chunk begins, as is known of no state; with no resets given,
+    aligned: the caller knows that in every row of `state` a chunk begins, as is known of no state. With no resets given
     'chunk' then does a third of the work. Where it is not so, the result is wrong.
     Raises ValueError for arguments that do not fit, NotImplementedError for a form this op does not have.
     """
