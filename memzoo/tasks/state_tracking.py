@@ -41,9 +41,19 @@ def group(name: str) -> np.ndarray:
     raise ValueError(f"name: expected Z2, Z3, ... or S2 ... S6, got {name!r}")
 
 
-def draw(key: jax.Array, group_NN: np.ndarray, batch: int, T: int) -> tuple[jax.Array, jax.Array]:
-    """(u_BT, y_BT), int32: random elements, and the product of all up to each. May be jitted, for fixed sizes."""
+def draw(
+    key: jax.Array, group_NN: np.ndarray, batch: int, T: int, reset_BT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(u_BT, y_BT), int32: random elements, and the product of all up to each. May be jitted, for fixed sizes.
+
+    reset_BT: bool, or [1, T] for all rows: a word begins there, and the product with it.
+    """
     positive(batch=batch, T=T)
     u_BT = jax.random.randint(key, (batch, T), 0, len(group_NN), jnp.int32)
-    product = lambda left, right: jnp.asarray(group_NN)[left, right]
-    return u_BT, lax.associative_scan(product, u_BT, axis=1)
+    begins_BT = jnp.zeros((batch, T), bool) if reset_BT is None else jnp.broadcast_to(reset_BT, (batch, T))
+
+    def product(left, right):
+        (y, begun), (u, begins) = left, right
+        return jnp.where(begins, u, jnp.asarray(group_NN)[y, u]), begun | begins
+
+    return u_BT, lax.associative_scan(product, (u_BT, begins_BT), axis=1)[0]

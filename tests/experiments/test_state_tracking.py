@@ -27,9 +27,24 @@ def test_a_run_leaves_what_it_says(tmp_path):
 
 @pytest.mark.long
 def test_a_model_that_diverges_is_recorded(tmp_path):
-    sizes = {"width": 16, "train_length": 4, "lengths": (4,), "batch": 2, "steps": 4, "learning_rate": 1e30}
+    sizes = {
+        "width": 16,
+        "train_length": 4,
+        "lengths": (4,),
+        "batch": 2,
+        "steps": 4,
+        "learning_rate": 1e30,
+    }
     (row,) = state_tracking.main(state_tracking.Config(tmp_path, ("lstm",), ("Z2",), **sizes))
     assert "step 4" in row["diverged"] and "Diverged" in (tmp_path / "table.md").read_text()
+
+
+def test_words_grow_to_the_longest():
+    config = state_tracking.Config(steps=100, begin_length=3, train_length=20)
+    lengths = [int(state_tracking.word_length(config, i)) for i in range(100)]
+    assert lengths == [3] * 25 + [6] * 25 + [12] * 25 + [20] * 25
+    alone = state_tracking.Config(steps=100, begin_length=8, train_length=8)
+    assert {int(state_tracking.word_length(alone, i)) for i in (0, 99)} == {8}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +54,7 @@ def test_a_model_that_diverges_is_recorded(tmp_path):
         ({"models": ()}, "models, lengths: expected at least one of each"),
         ({"groups": ("A5",)}, "name: expected Z2, Z3"),
         ({"lengths": (0,)}, "lengths: expected an integer >= 1, got 0"),
+        ({"begin_length": 33}, "begin_length: expected at most train_length = 32, got 33"),
         ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
         ({"width": 6, "models": ("deltanet",)}, "width: expected a positive multiple of heads = 4, got 6"),
     ],

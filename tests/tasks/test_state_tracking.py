@@ -32,13 +32,15 @@ def test_permutations_compose():
 @pytest.mark.parametrize("name", ["Z2", "Z7", "S5"])
 def test_states_are_the_products_of_all_before(name):
     G = group(name)
-    u_BT, y_BT = (np.asarray(z) for z in jax.jit(draw, static_argnums=(2, 3))(jax.random.key(3), G, 4, 37))
-    assert u_BT.dtype == y_BT.dtype == np.int32 and set(u_BT.ravel()) <= set(range(len(G)))
-    for row in range(4):
-        state = 0
-        for t in range(37):
-            state = G[state, u_BT[row, t]]
-            assert y_BT[row, t] == state
+    reset_BT = np.random.default_rng(0).random((4, 37)) < 0.2
+    for resets in (None, reset_BT):
+        u_BT, y_BT = map(np.asarray, jax.jit(draw, static_argnums=(2, 3))(jax.random.key(3), G, 4, 37, resets))
+        assert u_BT.dtype == y_BT.dtype == np.int32 and set(u_BT.ravel()) <= set(range(len(G)))
+        for row in range(4):
+            state = 0
+            for t in range(37):
+                state = G[0 if resets is not None and resets[row, t] else state, u_BT[row, t]]
+                assert y_BT[row, t] == state
 
 
 @pytest.mark.parametrize("name", ["Z1", "S7", "S1", "A5", "Z", "Z05", ""])
