@@ -27,14 +27,7 @@ def test_a_run_leaves_what_it_says(tmp_path):
 
 @pytest.mark.long
 def test_a_model_that_diverges_is_recorded(tmp_path):
-    sizes = {
-        "width": 16,
-        "train_length": 4,
-        "lengths": (4,),
-        "batch": 2,
-        "steps": 4,
-        "learning_rate": 1e30,
-    }
+    sizes = {"width": 16, "train_length": 4, "lengths": (4,), "batch": 2, "steps": 4, "learning_rate": 1e30}
     (row,) = state_tracking.main(state_tracking.Config(tmp_path, ("lstm",), ("Z2",), **sizes))
     assert "step 4" in row["diverged"] and "Diverged" in (tmp_path / "table.md").read_text()
 
