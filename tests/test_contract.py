@@ -269,7 +269,7 @@ def test_forms_agree(name, impl):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "impl"), forms("scan", "pallas"))  # no kernel is in float64
+@pytest.mark.parametrize(("name", "impl"), forms("scan", "newton", "pallas"))  # see test_newton; no kernel has float64
 def test_forms_agree_in_float64(name, impl):
     with jax.enable_x64(True):
         arguments = setup(name, np.float64)
@@ -386,10 +386,11 @@ def test_gradient_is_the_difference_quotient(name):
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_vmap_is_the_batch(name):
-    params, x, state, *_ = setup(name)
-    mixer = make(name)
+    params, x, state, reset, weights = setup(name)
+    mixer, definition = make(name), memzoo.card(name).forms[0]
     alone = lambda x, s: jax.tree.map(lambda a: a[0], mixer.apply(params, x[None], jax.tree.map(lambda a: a[None], s)))
-    assert_close(jax.jit(jax.vmap(alone))(x, state), jax.jit(mixer.apply)(params, x, state), 1e-5)
+    _, want = whole(name, definition)(params, x, state, np.zeros_like(reset), weights)
+    assert_close(jax.jit(jax.vmap(alone))(x, state), want, 1e-5)
 
 
 @pytest.mark.parametrize("name", EACH)
