@@ -131,10 +131,11 @@ def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV,
         W = {n: form(a[n][at], known, n) if rule.direction is None else reached(known, n)[at] for n in A0}
         return {n: W[n] - A0[n] for n in A0}
 
-    came = jax.tree.map(lambda now, before: jnp.where(begins == C, now, before), state.A, state.anchor or state.A)
     if several is None:
+        came = state.A  # alone, so that no block's anchor is kept for the backward pass
         known, anchors = gradients(came), jax.tree.map(lambda W: W[None], came)
     else:
+        came = jax.tree.map(lambda now, before: jnp.where(begins == C, now, before), state.A, state.anchor or state.A)
         none = jax.tree.map(jnp.zeros_like, came)
 
         def phase(known, p):
