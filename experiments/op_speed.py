@@ -16,8 +16,11 @@ little per token. `--keep-pages` measures without (see memzoo.host).
 Expect on two CPU cores, of layers at T = 1,024, gated_deltanet 25 to 33 times as fast as memax (width 64) and 51 to 58
 (128; once 152), linear_attention 21 to 23 and 54 to 62, lru 4 to 5; much of the peer's time is page faults, and with
 --keep-pages the first two are 15 and 28, 9 and 24. Growth is up to 3.4 with page faults, from which `multiply` suffers
-most (7); of what was measured without them, at most 1.3, but for lru, 1.7, and from 1,024 to 16,384 linear_scan, up to
-2.4: what fits the caches at 1,024 waits for memory at 16,384, and so does `multiply`, up to 2.
+most (7); of what was measured without them, at most 1.3, but for lru, 1.7, hax, 1.4, titans, 1.0 to 1.5 from run to
+run, and from 1,024 to 16,384 linear_scan, up to 2.4: what fits the caches at 1,024 waits for memory at 16,384, and so
+does `multiply`, up to 2. At 16,384, time over that of linear_attention with as large a state: hax 0.2, rat 1.1, based
+1.3, lizard, hgrn2 2.1, gam 2.2, jrt 2.7, liger 3.0, aaren 3.2, mlstm 3.8, block_linear, spiking_gla 4.2, lightning 4.6,
+rwkv7 4.8, ttt_linear 5.0, titans 5.6 to 9.6, kda 9.0, delta_product 11.5, mom 13.8, causal_rn 15.6.
 Layers are compared with memax 0.1.1 (`pip install memax==0.1.1 equinox`) where it is installed.
 """
 
