@@ -18,8 +18,11 @@ MAC first, hold nearly all of it beyond the length of training, where TTT, Mamba
 this script that was not found. Passkey, one seed, at 256, 512, 1,024, 2,048 and 4,096 tokens, where chance is 0.06:
 
     gated_deltanet   1.00  1.00  0.68  0.45  0.28
+    mamba2           0.95  0.60  0.45  0.23  0.25
     titans           0.98  0.13  0.08  0.03  0.03
     titans_mac       0.50  0.35  0.15  0.10  0.20
+    titans_mag       0.33  0.20  0.18  0.18  0.20
+    window           0.38  0.20  0.23  0.28  0.20
 
 Attention over a window finds only what is in reach of its layers, `layers` windows from the end.
 
