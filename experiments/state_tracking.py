@@ -105,10 +105,9 @@ def run(config: Config, kind: str, group: str, seed: int) -> dict[str, Any]:
     params = jax.jit(model.init)(init_key, jnp.zeros((1, config.train_length), jnp.int32))
 
     def nats(params, i, _):
-        reset_1T = jnp.arange(config.train_length)[None] % word_length(config, i) == 0
-        key, B = jax.random.fold_in(batches_key, i), config.batch
-        u_BT, y_BT = state_tracking.draw(key, G_NN, B, config.train_length, reset_1T)
-        reset_BT = jnp.broadcast_to(reset_1T, u_BT.shape)
+        B, T = config.batch, config.train_length
+        reset_BT = jnp.broadcast_to(jnp.arange(T) % word_length(config, i) == 0, (B, T))
+        u_BT, y_BT = state_tracking.draw(jax.random.fold_in(batches_key, i), G_NN, B, T, reset_BT)
         return jnp.mean(train.cross_entropy(model.apply(params, u_BT, None, reset_BT)[0], y_BT))
 
     optimizer = train.adamw(config.learning_rate, config.steps, weight_decay=0.01)

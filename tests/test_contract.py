@@ -269,7 +269,7 @@ def test_forms_agree(name, impl):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "impl"), forms("scan", "newton", "pallas"))  # see test_newton; no kernel has float64
+@pytest.mark.parametrize(("name", "impl"), forms("scan", "pallas"))  # no kernel is in float64
 def test_forms_agree_in_float64(name, impl):
     with jax.enable_x64(True):
         arguments = setup(name, np.float64)

@@ -46,11 +46,11 @@ def draw(
 ) -> tuple[jax.Array, jax.Array]:
     """(u_BT, y_BT), int32: random elements, and the product of all up to each. May be jitted, for fixed sizes.
 
-    reset_BT: bool, or [1, T] for all rows: a word begins there, and the product with it.
+    reset_BT: bool; where True a word begins, and the product with it.
     """
     positive(batch=batch, T=T)
     u_BT = jax.random.randint(key, (batch, T), 0, len(group_NN), jnp.int32)
-    begins_BT = jnp.zeros((batch, T), bool) if reset_BT is None else jnp.broadcast_to(reset_BT, (batch, T))
+    begins_BT = jnp.zeros((batch, T), bool) if reset_BT is None else reset_BT
 
     def product(left, right):
         (y, begun), (u, begins) = left, right
