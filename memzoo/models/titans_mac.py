@@ -77,7 +77,9 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, state: State | None, reset_BT: jax.Array | None) -> tuple[jax.Array, State]:
         (B, T, D), C, titans = x_BTD.shape, self.segment, self.titans()
-        (H, K, V, _, P), N, fresh = titans.sizes(), titans.persistent, state is None and reset_BT is None
+        (H, K, V, _, P), N = titans.sizes(), titans.persistent
+        by_token = self.impl == "scan" or (self.impl == "auto" and T == 1)
+        fresh = state is None and reset_BT is None and not by_token  # each block is a segment
         state = self.initial_state(B) if state is None else state
         reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
 
@@ -101,7 +103,6 @@ class Layer(nn.Module):
         q_BTGR = turn(split(project(u_BTD, p["kernel_q"]), self.heads), at_BT)
         xs = q_BTGR, keys_and_values(p, u_BTD, self.heads, at_BT), asked_BTHK, count_BT, reset_BT
 
-        by_token = self.impl == "scan" or (self.impl == "auto" and T == 1)
         run = partial(block, p, titans, "scan" if by_token else "chunk", fresh)
         (y_BTD, m_BTD), state = fold(run, state, xs, 1 if by_token else min(C, T))
         o_BTD = y_BTD * nn.sigmoid(norm(m_BTD, p["scale_remembered"]))
