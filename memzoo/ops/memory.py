@@ -84,7 +84,7 @@ def seen(state, k_CK, v_CV):
 
 def kept(gamma_P, k_PK, v_PV):
     """The window's tokens as the state has them: zeros where none has been."""
-    been_P1 = gamma_P[:, None] != 0
+    been_P1 = gamma_P[..., None] != 0
     return jnp.where(been_P1, k_PK, 0), jnp.where(been_P1, v_PV, 0), gamma_P
 
 

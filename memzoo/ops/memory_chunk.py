@@ -12,92 +12,164 @@ sec. 2.5, for the dual form of one matrix and of a network.
 Differs: with momentum, decay, windows, resets, and chunks that begin anywhere.
 
 Dims: B batch, T time, H heads, K key, V what the loss is told, C chunk, N blocks of C tokens, P = window - 1 tokens
-before, E = P + C, O and I the outputs and inputs of a matrix, R rows of all matrices, or 1, Z what S and A are sums of.
+before, E = P + C, O and I the outputs and inputs of a matrix, R rows of all matrices, or 1, X what is known
+of a matrix before a block: A, S with momentum, A_0 where resets may be; Z what S and A are sums of.
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memzoo.ops.memory import HEADS, MemoryState, add, each, kept, read, rows, seen
+from memzoo.ops.memory import MemoryState, each, kept, read, rows
+from memzoo.ops.rotary import places
+
+
+class Marks(NamedTuple):
+    """Of a block's tokens.
+
+    There are up to three anchors, of which the tokens before the next chunk, those after, and those after a reset have
+    one each: the one that came, what has been reached where that chunk begins, and A_0.
+    """
+
+    reset_C: Any  # but for the first token, which finds nothing but zeros
+    there_C: Any  # False for what fills the last block up
+    anchor_C: Any  # 0, 1 or 2
+    begins: Any  # the token that the next chunk begins with
+
+
+class Sums(NamedTuple):
+    """What S and A are, of what is known before a block and of its gradients."""
+
+    S_CZ: jax.Array
+    a_CZR: jax.Array
+    decay: Any  # (A that came, rate_C, A's resets, stay_CR, left_CCR), where a direction is not linear; else None
 
 
 def chunks(memory, objective, rule, A0, fixed, state, xs, reset_BT, C, aligned):
-    """Blocks of C tokens, one after the other. One that begins with a chunk and has no reset has a single anchor."""
-    B, T = xs[0].shape[:2]
+    """Blocks of C tokens, one after the other. aligned: all begin with a chunk and have no reset, and so one anchor."""
+    (B, T), P = xs[0].shape[:2], rule.window - 1
     N = -(-T // C)
     reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
+    heads_first = lambda x: jnp.moveaxis(x, 2, 1)
+    q_BHTK, k_BHTK, v_BHTV, *gates, gamma_BHT = map(heads_first, xs)
 
-    def blocks(x):  # filled up with the last token, as 0 may have no gradient; it is not `there`
-        x = jnp.pad(x, ((0, 0), (0, N * C - T), *[(0, 0)] * (x.ndim - 2)), "constant" if x.dtype == bool else "edge")
-        return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
+    def blocks(x, axis=2):  # filled up with the last token, as 0 may have no gradient; it is not `there`
+        if N * C > T:
+            pads = [(0, N * C - T if i == axis else 0) for i in range(x.ndim)]
+            x = jnp.pad(x, pads, "constant" if x.dtype == bool else "edge")
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], N, C, *x.shape[axis + 1 :]), axis, 0)
+
+    # The window's tokens before each block. Where none has been there is the block's first, as 0 may have no gradient.
+    p_NP = jnp.arange(N)[:, None] * C + jnp.arange(P)
+    since = lambda past, x_BHT: jnp.concatenate([heads_first(past), x_BHT], axis=2)
+    came = state.gamma_BPH, state.k_BPHK, state.v_BPHV
+    gamma_BHS, k_BHSK, v_BHSV = map(since, came, (gamma_BHT, k_BHTK, v_BHTV))
+    sequence_BS = jnp.pad(jnp.cumsum(reset_BT, axis=1), ((0, 0), (P, 0)))
+    same_BNP = sequence_BS[:, p_NP] == sequence_BS[:, P::C, None]
+    gamma_NBHP = jnp.moveaxis(jnp.where(same_BNP[:, None], gamma_BHS[:, :, p_NP], 0), 2, 0)
+
+    def windows(x_BHT, x_BHS):
+        if P == 0:
+            return blocks(x_BHT)
+        x_NBHC, x_NBHP = blocks(x_BHT), jnp.moveaxis(x_BHS[:, :, p_NP], 2, 0)
+        return jnp.concatenate([jnp.where(gamma_NBHP[..., None] != 0, x_NBHP, x_NBHC[:, :, :, :1]), x_NBHC], axis=3)
+
+    # Of each block its tokens and, where that is little, what comes of their gates.
+    begins_NB = C - (places(state.place_B, T, reset_BT) % C)[:, ::C].T
+    reset_NBC, there_NBC = blocks(reset_BT, 1), blocks(jnp.ones((B, T), bool), 1)
+    first_NB, reset_NBC = reset_NBC[..., 0], reset_NBC.at[..., 0].set(False)
+    anchor_NBC = jnp.where(jnp.arange(C) < begins_NB[..., None], 0, 1)
+    anchor_NBC = jnp.where(jnp.cumsum(reset_NBC, axis=-1) > 0, 2, anchor_NBC)
+    several_N = jnp.any((begins_NB != C) | jnp.any(reset_NBC, axis=-1), axis=-1)
+    marks = Marks(reset_NBC, there_NBC, anchor_NBC, begins_NB)
+    do = *map(blocks, gates), jnp.concatenate([gamma_NBHP, blocks(gamma_BHT)], axis=-1)
+    sums = partial(_sums, rule, bool(state.S), aligned)
+    at_once = rule.direction is None and gates[2].shape[-1] == 1
+    if at_once:
+        do = jax.vmap(jax.vmap(jax.vmap(sums, (None, 0))))(marks, do)
+
+    def one(several, A0, fixed, carry, q_CK, k_EK, v_EV, do, marks):
+        do = do if at_once else sums(marks, do)
+        return _chunk(memory, objective, rule, several, A0, fixed, carry, q_CK, k_EK, v_EV, do, marks)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def block(state, x):
-        several = None
-        if not aligned:
-            # What came in must not pass a reset at the first token, NaN neither, nor its gradient.
-            reset_BC = x[-2]
-            first = lambda s: reset_BC[:, 0].reshape(-1, *[1] * (s.ndim - 1))
-            state = jax.tree.map(lambda s: jnp.where(first(s), jnp.zeros_like(s), s), state)
-            reset_BC = reset_BC.at[:, 0].set(False)  # done: these tokens are after what came in, which is zeros
-            several = jnp.any(state.place_B != 0) | jnp.any(reset_BC)
-            x = (*x[:-2], reset_BC, x[-1])
-        one = partial(_chunk, memory, objective, rule, several)
-        head = jax.vmap(one, in_axes=(0, 0, HEADS, *[1] * 8, None, None), out_axes=(HEADS, 1))
-        return jax.vmap(partial(head, A0, fixed))(state, *x)
+    def block(carry, x):
+        *x, first_B, several = x
+        if not aligned:  # what came in must not pass a reset at the first token, NaN neither, nor its gradient
+            first = lambda old, new: jnp.where(first_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+            carry = jax.tree.map(first, carry, fresh)
+        head = jax.vmap(partial(one, None if aligned else several), (*[0] * 7, None))
+        return jax.vmap(partial(head, A0, fixed))(carry, *x)
 
-    state, y_NBCHV = lax.scan(block, state, tuple(map(blocks, (*xs, reset_BT, jnp.ones((B, T), bool)))))
-    return jnp.moveaxis(y_NBCHV, 0, 1).reshape(B, N * C, *y_NBCHV.shape[3:])[:, :T], state
+    total = lambda W: {n: A0[n] + W[n] for n in W}
+    fresh = dict(A0), {n: jnp.zeros_like(A0[n]) for n in state.S}, dict(A0) if state.anchor else {}
+    xs = blocks(q_BHTK), windows(k_BHTK, k_BHSK), windows(v_BHTV, v_BHSV), do, marks, first_NB, several_N
+    (A, S, anchor), y_NBHCV = lax.scan(block, (total(state.A), state.S, total(state.anchor)), xs)
+
+    less = lambda W: {n: W[n] - A0[n] for n in W}
+    of_last = lambda x_BHS: heads_first(x_BHS[:, :, T:])
+    same_BP = sequence_BS[:, T:] == sequence_BS[:, -1:]
+    past = kept(jnp.where(same_BP[..., None], of_last(gamma_BHS), 0), of_last(k_BHSK), of_last(v_BHSV))
+    place_B = (places(state.place_B, T, reset_BT)[:, -1] + 1) % C
+    state = MemoryState(less(A), S, less(anchor), *past, place_B)
+    y_BNCHV = jnp.moveaxis(y_NBHCV, (0, 3), (1, 2))
+    return y_BNCHV.reshape(B, N * C, *y_BNCHV.shape[3:])[:, :T], state
 
 
-def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV, *rest):
-    """C tokens of one head: (MemoryState, y_C). `there_C` is False for what fills the last block up.
-
-    There is one anchor, or up to three, of which the tokens before the next chunk, those after, and those after a reset
-    have one each: the one that came, what has been reached where that chunk begins, and A_0. several: whether any row
-    of the batch has more than the first of them; None for never.
-    """
-    *gates, reset_C, there_C = rest
-    theta_C, eta_C, alpha_CR, rate_C, gamma_C = gates
-    C, P = len(theta_C), len(state.gamma_BPH)
-    c, count = jnp.arange(C), jnp.sum(there_C)
-    k_EK, v_EV = seen(state, k_CK, v_CV)
-    gamma_E = jnp.concatenate([state.gamma_BPH, gamma_C])
-    begins = C - state.place_B  # the token that the next chunk begins with
-    sequence_C = jnp.cumsum(reset_C)
-    phase_C = jnp.where(sequence_C > 0, 2, jnp.where(c < begins, 0, 1)) if several is not None else jnp.zeros_like(c)
+def _sums(rule, momentum, aligned, marks, gates):
+    """What S and A are after each token of one head, of A that came, S that came, A_0, and gradients at each anchor."""
+    theta_C, eta_C, alpha_CR, rate_C, gamma_E = gates
+    reset_C, there_C, anchor_C, _ = marks
+    C, P = len(theta_C), len(gamma_E) - len(theta_C)
+    X = 1 + momentum + (not aligned)
+    sequence_C, c, e = jnp.cumsum(reset_C), jnp.arange(C), jnp.arange(P + C) - P
     sequence_E = jnp.concatenate([jnp.zeros(P, sequence_C.dtype), sequence_C])
-
-    # S and A as coefficients of A that came, S that came, A_0, and the gradients at each anchor.
-    e = jnp.arange(P + C) - P
     seen_CE = (e <= c[:, None]) & (e > c[:, None] - rule.window) & (sequence_E == sequence_C[:, None])
     write_CE = jnp.where(seen_CE & there_C[:, None], theta_C[:, None] * gamma_E, 0)
-    write_CE = [jnp.where(phase_C[:, None] == p, write_CE, 0) for p in range(1 if several is None else 3)]
-    write_CZ = jnp.concatenate([jnp.zeros((C, 3), theta_C.dtype), *write_CE], axis=1)
-    came_Z, momentum_Z, fresh_Z = jnp.eye(3, write_CZ.shape[1], dtype=theta_C.dtype)
+    write_CE = [jnp.where(anchor_C[:, None] == n, write_CE, 0) for n in range(1 if aligned else 3)]
+    write_CZ = jnp.concatenate([jnp.zeros((C, X), theta_C.dtype), *write_CE], axis=1)
+    came_Z, momentum_Z, fresh_Z = (jnp.eye(1, write_CZ.shape[1], k, theta_C.dtype)[0] for k in (0, 1, X - 1))
+
     eta_C, rate_C = jnp.where(reset_C, 0, jnp.where(there_C, eta_C, 1)), jnp.where(there_C, rate_C, 0)
     stay_CR = jnp.where(there_C[:, None], 1 - alpha_CR, 1)
     left_CCR = _products(jnp.concatenate([eta_C[:, None], jnp.where(reset_C[:, None], 0, stay_CR)], axis=1))
-    S_CZ = left_CCR[..., 0] @ write_CZ.at[0].add(eta_C[0] * momentum_Z)
-
-    def decayed(start_XR, fresh_XR, x_CXR, stay_CR, left_CCR):
-        """A_t = stay_t A_{t-1} - rate_t x_t, from `start` and, at resets, from `fresh`."""
-        before_CXR = jnp.where(reset_C[:, None, None], fresh_XR, 0).at[0].add(jnp.where(reset_C[0], 0, start_XR))
-        x_CXR = stay_CR[:, None] * before_CXR - rate_C[:, None, None] * x_CXR
-        return jnp.einsum("tir,ixr->txr", left_CCR, x_CXR)
-
-    left_CCR, came_Z1 = left_CCR[..., 1:], (came_Z + fresh_Z)[:, None]
+    S_CZ = left_CCR[..., 0] @ (write_CZ.at[0].add(eta_C[0] * momentum_Z) if momentum else write_CZ)
+    decay = reset_C, rate_C, stay_CR, left_CCR[..., 1:]
     S_CZR = jnp.broadcast_to(S_CZ[..., None], (*S_CZ.shape, stay_CR.shape[1]))
-    a = rows(decayed(came_Z1, fresh_Z[:, None], S_CZR, stay_CR, left_CCR), A0)
-    stay, left = rows(stay_CR, A0), rows(left_CCR, A0)
-    before = {name: jnp.stack([W, state.S.get(name, jnp.zeros_like(W)), A0[name]]) for name, W in state.A.items()}
+    a_CZR = _decayed(came_Z[:, None], fresh_Z[:, None], S_CZR, *decay)
+    return Sums(S_CZ, a_CZR, None if rule.direction is None else decay)
+
+
+def _decayed(start_XR, fresh_XR, x_CXR, reset_C, rate_C, stay_CR, left_CCR):
+    """A_t = stay_t A_{t-1} - rate_t x_t, from `start` and, at resets, from `fresh`."""
+    before_CXR = jnp.where(reset_C[:, None, None], fresh_XR, 0).at[0].add(start_XR)
+    x_CXR = stay_CR[:, None] * before_CXR - rate_C[:, None, None] * x_CXR
+    return jnp.einsum("tir,ixr->txr", left_CCR, x_CXR)
+
+
+def _products(x_CR):
+    """What is left at token t of what was at token i, [t, i, R]: the product of all x after i. 0 for i > t."""
+    t_C1, i_C = jnp.arange(len(x_CR))[:, None], jnp.arange(len(x_CR))
+    x_CCR = jnp.where((t_C1 > i_C)[..., None], x_CR[:, None], 1)
+    return jnp.where((t_C1 >= i_C)[..., None], lax.associative_scan(jnp.multiply, x_CCR), 0)
+
+
+def _chunk(memory, objective, rule, several, A0, fixed, carry, q_CK, k_EK, v_EV, sums, marks):
+    """C tokens of one head: (A, S, the last anchor), y_C.
+
+    several: whether any row of the batch has more anchors than the first; None for never.
+    """
+    (A, S, anchor), (S_CZ, a_CZR, decay), E = carry, sums, len(k_EK)
+    a = rows(a_CZR, A0)
+    before = {n: [A[n], *([S[n]] if S else []), *([] if several is None else [A0[n]])] for n in A0}
+    X = 1 + bool(S) + (several is not None)
 
     def gradients(anchor):
         """dloss/dW of each token is the outer product of these: {name: (delta_EO, x_EI)}."""
-        W = each(rule.weights, add(A0, anchor))
+        W = each(rule.weights, anchor)
         taken = {}
 
         def loss(taps):
@@ -108,55 +180,53 @@ def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV,
             y_EV = memory(apply, k_EK, fixed)
             return jnp.sum(jax.vmap(objective)(y_EV, v_EV)), dict(taken)
 
-        delta, x = jax.grad(loss, has_aux=True)({name: jnp.zeros((P + C, len(w)), w.dtype) for name, w in W.items()})
+        delta, x = jax.grad(loss, has_aux=True)({name: jnp.zeros((E, len(w)), w.dtype) for name, w in W.items()})
         return {name: (delta[name], x[name]) for name in W}
 
     def form(a_ZO, known, name):
         """The matrices that have these coefficients, [..., Z, O or 1], of what is before and the gradients known."""
-        outer = jnp.einsum("...zo,zo,zi->...oi", a_ZO[..., 3:, :], *known[name])
-        return jnp.einsum("...bo,boi->...oi", a_ZO[..., :3, :], before[name]) + outer
+        outer = jnp.einsum("...zo,zo,zi->...oi", a_ZO[..., X:, :], *known[name])
+        return sum((a_ZO[..., x, :, None] * W_OI for x, W_OI in enumerate(before[name])), outer)
 
     def reached(known, name):
         """A_t of all tokens, [C, O, I]."""
         if rule.direction is None:
             return form(a[name], known, name)
         flip = lambda W_OI: jnp.swapaxes(W_OI, -1, -2)
+        reset_C, rate_C, stay_CR, left_CCR = decay
         d_CIO = flip(rule.direction(form(S_CZ[..., None], known, name)))
-        start_IO = flip(before[name][0] + A0[name])
-        return flip(decayed(start_IO, flip(A0[name]), d_CIO, stay[name], left[name]))
+        of_name = rows(stay_CR, A0)[name], rows(left_CCR, A0)[name]
+        return flip(_decayed(flip(A[name]), flip(A0[name]), d_CIO, reset_C, rate_C, *of_name))
 
     def there(known):
-        """What has been reached where the next chunk begins, as it differs from A_0."""
-        at = begins - 1
-        W = {n: form(a[n][at], known, n) if rule.direction is None else reached(known, n)[at] for n in A0}
-        return {n: W[n] - A0[n] for n in A0}
+        """What has been reached where the next chunk begins."""
+        at = marks.begins - 1
+        return {n: form(a[n][at], known, n) if rule.direction is None else reached(known, n)[at] for n in A0}
 
     if several is None:
-        came = state.A  # alone, so that no block's anchor is kept for the backward pass
-        known, anchors = gradients(came), jax.tree.map(lambda W: W[None], came)
+        known, last = gradients(A), A
     else:
-        came = jax.tree.map(lambda now, before: jnp.where(begins == C, now, before), state.A, state.anchor or state.A)
-        none = jax.tree.map(jnp.zeros_like, came)
+        came = {n: jnp.where(marks.begins == len(q_CK), A[n], anchor.get(n, A[n])) for n in A}
 
-        def phase(known, p):
+        def phase(known, n):
             def take():
-                first = {n: jnp.where(p == 0, came[n], 0) for n in came}
-                anchor = lax.cond(p == 1, lambda: there(known), lambda: first)
-                put = lambda z, own: lax.dynamic_update_slice_in_dim(z, own, p * (P + C), 0)
+                which = lambda: jax.tree.map(lambda *W: jnp.where(n == 0, *W), came, dict(A0))
+                anchor = lax.cond(n == 1, lambda: there(known), which)
+                put = lambda z, own: lax.dynamic_update_slice_in_dim(z, own, n * E, 0)
                 return jax.tree.map(put, known, gradients(anchor)), anchor
 
-            return lax.cond((p == 0) | several, take, lambda: (known, none))
+            return lax.cond((n == 0) | several, take, lambda: (known, jax.tree.map(jnp.zeros_like, came)))
 
-        empty = jax.tree.map(lambda z: jnp.zeros((3 * len(z), *z.shape[1:]), z.dtype), jax.eval_shape(gradients, came))
+        empty = jax.tree.map(lambda z: jnp.zeros((3 * len(z), *z.shape[1:]), z.dtype), jax.eval_shape(gradients, A))
         known, anchors = lax.scan(phase, empty, jnp.arange(3))
+        last = {n: anchors[n][marks.anchor_C[jnp.sum(marks.there_C) - 1]] for n in anchors}
 
     if rule.direction is None and rule.weights is None:
 
         def apply(name, x_CI):
             delta_ZO, x_ZI = known[name]
-            own_CBO = jnp.einsum("boi,ci->cbo", before[name], x_CI)
-            y_CO = jnp.einsum("czo,cz,zo->co", a[name][:, 3:], x_CI @ x_ZI.T, delta_ZO)
-            return jnp.sum(a[name][:, :3] * own_CBO, axis=1) + y_CO
+            y_CO = jnp.einsum("czo,cz,zo->co", a[name][:, X:], x_CI @ x_ZI.T, delta_ZO)
+            return sum((a[name][:, x] * (x_CI @ W_OI.T) for x, W_OI in enumerate(before[name])), y_CO)
 
         y_CV = memory(apply, q_CK, fixed)
         A = {name: form(a[name][-1], known, name) for name in A0}
@@ -164,19 +234,5 @@ def _chunk(memory, objective, rule, several, A0, fixed, state, q_CK, k_CK, v_CV,
         A_C = {name: reached(known, name) for name in A0}
         y_CV = jax.vmap(lambda W, q_K: read(memory, W, q_K, fixed))(each(rule.weights, A_C), q_CK)
         A = {name: A_COI[-1] for name, A_COI in A_C.items()}
-    A = {name: A[name] - A0[name] for name in A0}
-    S = {name: form(S_CZ[-1, :, None], known, name) for name in state.S}
-    anchor = {name: anchors[name][phase_C[count - 1]] for name in state.anchor}
-
-    tail = lambda z_E: lax.dynamic_slice_in_dim(z_E, count, P)
-    same_P = tail(sequence_E) == sequence_C[-1]
-    past = kept(jnp.where(same_P, tail(gamma_E), 0), tail(k_EK), tail(v_EV))
-    since = jnp.where(sequence_C[-1] > 0, -jnp.max(jnp.where(reset_C, c, 0)), state.place_B)
-    return MemoryState(A, S, anchor, *past, (since + count).astype(jnp.int32) % C), y_CV
-
-
-def _products(x_CR):
-    """What is left at token t of what was at token i, [t, i, R]: the product of all x after i. 0 for i > t."""
-    t_C1, i_C = jnp.arange(len(x_CR))[:, None], jnp.arange(len(x_CR))
-    x_CCR = jnp.where((t_C1 > i_C)[..., None], x_CR[:, None], 1)
-    return jnp.where((t_C1 >= i_C)[..., None], lax.associative_scan(jnp.multiply, x_CCR), 0)
+    S = {name: form(S_CZ[-1, :, None], known, name) for name in S}
+    return (A, S, {n: last[n] for n in anchor}), y_CV

@@ -37,6 +37,7 @@ def short_conv(
 @jax.checkpoint  # or the gradient would keep W shifted copies of the input
 def _filter(x_BTX, f_WX, past_BPX, reset_BT):
     T, P, wide = x_BTX.shape[1], f_WX.shape[0] - 1, jnp.promote_types(x_BTX.dtype, jnp.float32)
+    x_BTX = jax.lax.optimization_barrier(x_BTX)  # XLA would gather dx from its W parts in the order of another product
     seen_BLX = jnp.concatenate([past_BPX.astype(wide), x_BTX.astype(wide)], axis=1)  # L = P + T
     f_WX = f_WX.astype(wide)
     y_BTX = seen_BLX[:, P:] * f_WX[P]
