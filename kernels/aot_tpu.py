@@ -5,8 +5,8 @@
 
 It wants the libtpu that pairs with the installed jax: the extra `aot`. A compilation fails where a kernel wants more
 VMEM than there is, or an instruction that the chip does not have; Pallas' interpreter knows neither. At the usual size
-the program of one chunk of one head is counted: its bundles, one a cycle unless it waits for memory, and how many of
-them store or load a spilled register.
+the program of one chunk of one head, or of 1024 channels, is counted: its bundles, one a cycle unless it waits for
+memory, and how many of them store or load a spilled register.
 """
 
 import collections
@@ -27,37 +27,44 @@ if sys.argv[2:] == ["usual"]:  # to write all stages of all programs takes longe
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
-from memzoo_kernels import delta_rule_tpu, linear_attention_tpu  # noqa: E402
+from memzoo_kernels import delta_rule_tpu, linear_attention_tpu, linear_scan_tpu  # noqa: E402
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-MODULES = {"linear_attention": linear_attention_tpu, "delta_rule": delta_rule_tpu}
+MODULES = {"linear_attention": linear_attention_tpu, "delta_rule": delta_rule_tpu, "linear_scan": linear_scan_tpu}
+CASES = [(op, decay) for op in ("linear_attention", "delta_rule") for decay in ("per head", "per key")]
+CASES.append(("linear_scan", "per channel"))
 SIZES = {  # T, K, V, dtype
     "usual": (512, 128, 128, "bfloat16"),
     "largest": (300, 256, 256, "float32"),
     "odd": (1, 5, 129, "bfloat16"),  # one token, and tiles that are not full
 }
+SCANS = {"usual": (512, 1024, "float32"), "largest": (300, 2560, "bfloat16"), "odd": (1, 5, "bfloat16")}  # T, X, dtype
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- table of TPU kernels begins -->\n", "<!-- table of TPU kernels ends -->\n"
 
 
 def compile_for(topology: str, size: str) -> None:
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    for op in MODULES:
-        for per_key in (False, True):
-            seen = set(os.listdir(DUMP))
-            compile_one(op, per_key, *SIZES[size], device)
-            row = {"chip": device.device_kind, "op": op, "decay": "per key" if per_key else "per head", "size": size}
-            for kernel, counts in counted(set(os.listdir(DUMP)) - seen).items() or [("", {})]:
-                print(json.dumps(row | {"kernel": kernel} | counts), flush=True)
+    for op, decay in CASES:
+        seen = set(os.listdir(DUMP))
+        compile_one(op, decay, size, device)
+        row = {"chip": device.device_kind, "op": op, "decay": decay, "size": size}
+        for kernel, counts in counted(set(os.listdir(DUMP)) - seen).items() or [("", {})]:
+            print(json.dumps(row | {"kernel": kernel} | counts), flush=True)
 
 
-def compile_one(op, per_key, T, K, V, dtype, device):
+def compile_one(op, decay, size, device):
     B, H = 2, 4
     where = jax.sharding.SingleDeviceSharding(device)
     of = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
-    q, v = of(B, T, H, K, dtype=dtype), of(B, T, H, V, dtype=dtype)
-    beta = [of(B, T, H)] if op == "delta_rule" else []
-    arrays = [q, q, v, *beta, of(B, T, H, K) if per_key else of(B, T, H), of(B, H, K, V)]
+    if op == "linear_scan":
+        T, X, dtype = SCANS[size]
+        arrays = [of(B, T, X, dtype=dtype), of(B, T, X, dtype=dtype), of(B, X)]
+    else:
+        T, K, V, dtype = SIZES[size]
+        q, v = of(B, T, H, K, dtype=dtype), of(B, T, H, V, dtype=dtype)
+        beta = [of(B, T, H)] if op == "delta_rule" else []
+        arrays = [q, q, v, *beta, of(B, T, H, K) if decay == "per key" else of(B, T, H), of(B, H, K, V)]
 
     def outputs_and_gradients(reset_BT, *arrays):
         outputs, pull = jax.vjp(lambda *arrays: getattr(MODULES[op], op)(*arrays, reset_BT), *arrays)
@@ -70,7 +77,7 @@ def compile_one(op, per_key, T, K, V, dtype, device):
 def counted(files) -> dict[str, dict[str, int]]:
     found = {}
     for file in files:
-        kernel = re.search(r"(?:linear_attention|delta_rule)_tpu_([a-z]+)", file)
+        kernel = re.search(r"(?:linear_attention|delta_rule|linear_scan)_tpu_([a-z]+)", file)
         if not kernel:
             continue
         text = Path(DUMP, file).read_text()

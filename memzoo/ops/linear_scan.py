@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from memzoo.contract import positive
-from memzoo.ops.checks import check_impl, check_shapes
+from memzoo.ops import kernels
+from memzoo.ops.checks import check_shapes
 from memzoo.ops.recur import recur
 
-FORMS = ("scan", "sweep", "associative", "chunk")
+FORMS = ("scan", "sweep", "associative", "chunk")  # and 'pallas', on the chips that it is for
 
 
 def step(h_X, a_X, x_X):
@@ -41,31 +42,49 @@ def linear_scan(
     a_BTX, x_BTX: real or complex. h_BX: the incoming state, zeros by default. The forms agree for |a| <= 1: above
     it, products of a, which `scan` alone does not form, may overflow where no state does, and inf times 0 is NaN.
     reset_BT: bool, where True the token begins a new sequence. impl: 'scan', 'sweep' (the same loop, four tokens a
-    turn, and its adjoint as another such loop: this op's alone, no mixer has it by name), 'associative', 'chunk' or
-    'auto', which on a CPU is 'sweep'.
-    All forms are differentiable in a, x and h, any number of times; forward mode is `scan`'s alone.
-    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have.
+    turn, and its adjoint as another such loop: this op's alone, no mixer has it by name), 'associative', 'chunk',
+    'pallas' (the loop as a kernel, of real arrays) or 'auto', which on a CPU is 'sweep'.
+    All forms are differentiable in a, x and h, any number of times, 'pallas' once; forward mode is `scan`'s alone.
+    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a form this op does not have, and
+    for 'pallas' where its kernel cannot run.
     """
     positive(chunk=chunk)
-    check_impl("linear_scan", impl, FORMS)
-    check_shapes(x_BTX=x_BTX, a_BTX=a_BTX, h_BX=h_BX, reset_BT=reset_BT)
-    return _forms(a_BTX, x_BTX, h_BX, reset_BT, impl=impl, chunk=chunk)
-
-
-@partial(jax.jit, static_argnames=("impl", "chunk"))  # so that a call outside of jit does not compile its scans anew
-def _forms(a_BTX, x_BTX, h_BX, reset_BT, impl, chunk):
+    sizes = check_shapes(x_BTX=x_BTX, a_BTX=a_BTX, h_BX=h_BX, reset_BT=reset_BT)
     dtype = jnp.result_type(a_BTX, x_BTX, jnp.float32, *([] if h_BX is None else [h_BX]))
+    choice = _choice(sizes, _kept(a_BTX, dtype), _kept(x_BTX, dtype), dtype, impl)
+    return _forms(a_BTX, x_BTX, h_BX, reset_BT, dtype=dtype, choice=choice, chunk=chunk)
+
+
+def _kept(array, dtype):
+    """The dtype in which a kernel reads an array: bfloat16 as it is, others in the dtype of the state."""
+    return array.dtype if dtype == jnp.float32 and jnp.result_type(array) == jnp.bfloat16 else dtype
+
+
+def _choice(sizes, of_a, of_x, dtype, impl):
+    B, T, X = (sizes[axis] for axis in "BTX")
+    # On a CPU memory is the limit, and a loop over tokens reads it once.
+    otherwise = "scan" if T == 1 else "sweep" if jax.default_backend() == "cpu" else "chunk"
+    arrays = (jax.ShapeDtypeStruct(*array) for array in (((B, T, X), of_a), ((B, T, X), of_x), ((B, X), dtype)))
+    return kernels.choose("linear_scan", impl, FORMS, otherwise, *arrays)
+
+
+# Jitted so that a call outside of jit does not compile its scans anew.
+@partial(jax.jit, static_argnames=("dtype", "choice", "chunk"))
+def _forms(a_BTX, x_BTX, h_BX, reset_BT, dtype, choice, chunk):
     B, T, X = x_BTX.shape
-    a_BTX, x_BTX = a_BTX.astype(dtype), x_BTX.astype(dtype)
     h_BX = jnp.zeros((B, X), dtype) if h_BX is None else h_BX.astype(dtype)
-    if impl == "auto":  # on a CPU memory is the limit, and a loop over tokens reads it once
-        impl = "scan" if T == 1 else "sweep" if jax.default_backend() == "cpu" else "chunk"
-    if impl == "scan":
+    if choice.impl == "pallas":
+        a_BTX, x_BTX = a_BTX.astype(_kept(a_BTX, dtype)), x_BTX.astype(_kept(x_BTX, dtype))
+        reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
+        h_BX = jnp.where(reset_BT[:, :1], 0, h_BX)
+        return kernels.run("linear_scan", choice, a_BTX, x_BTX, h_BX, reset_BT)
+    a_BTX, x_BTX = a_BTX.astype(dtype), x_BTX.astype(dtype)
+    if choice.impl == "scan":
         return recur(step, h_BX, (a_BTX, x_BTX), reset_BT)
     if reset_BT is not None:
         a_BTX = jnp.where(reset_BT[..., None], 0, a_BTX)
         h_BX = jnp.where(reset_BT[:, :1], 0, h_BX)
-    h_BTX = _all_states(a_BTX, x_BTX, h_BX, impl, chunk)
+    h_BTX = _all_states(a_BTX, x_BTX, h_BX, choice.impl, chunk)
     return h_BTX, h_BTX[:, -1]
 
 

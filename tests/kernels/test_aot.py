@@ -10,6 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "kernels" / "aot_tpu.py"
 KERNELS = {"linear_attention": {"forward", "queries", "keys"}, "delta_rule": {"forward", "backward"}}
+SCAN = {("linear_scan", "per channel", kernel) for kernel in ("forward", "backward")}
 
 
 @pytest.mark.aot
@@ -23,13 +24,14 @@ def test_every_kernel_compiles(topology, size):
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     if size != "usual":
-        assert len(rows) == 4  # ops, decays
+        assert len(rows) == 5  # ops, decays
         return
-    assert {(row["op"], row["decay"], row["kernel"]) for row in rows} == {
+    assert {(row["op"], row["decay"], row["kernel"]) for row in rows} == SCAN | {
         (op, decay, kernel)
         for op, kernels in KERNELS.items()
         for decay in ("per head", "per key")
         for kernel in kernels
     }
-    assert all(row["matmul"] > 0 and 0 < row["bundles"] < 6000 for row in rows)
+    assert all((row["matmul"] > 0) == (row["op"] != "linear_scan") and 0 < row["bundles"] < 6000 for row in rows)
     assert all(row["spills"] < 0.2 * row["bundles"] for row in rows if row["decay"] == "per head")
+    assert all(row["spills"] == 0 and row["bundles"] < 24 * 128 for row in rows if row["op"] == "linear_scan")

@@ -133,6 +133,32 @@ def test_the_environment_is_what_auto_is(op, monkeypatch):
         getattr(ops, op)(*arrays(op))
 
 
+def test_the_elementwise_recurrence(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, x, h = rng.uniform(size=(B, T, K)), rng.standard_normal((B, T, K)), rng.standard_normal((B, K))
+    narrow = [jnp.asarray(z, dtype) for z, dtype in ((a, jnp.float16), (x, jnp.bfloat16), (h, jnp.bfloat16))]
+    reset = np.arange(T)[None] == 7
+    with pytest.raises(NotImplementedError, match=r"linear_scan has no kernel .*: the device is a CPU, .* run 'sweep'"):
+        ops.linear_scan(a, x, impl="pallas")
+    with memzoo_kernels.interpreted("tpu"):
+        got = ops.linear_scan(*narrow, reset, impl="pallas")
+        with pytest.raises(NotImplementedError, match="a is complex64, neither bfloat16 nor float32; 'auto' would"):
+            ops.linear_scan(a, x + 1j, impl="pallas")
+    for one, two in zip(got, ops.linear_scan(*narrow, reset, impl="scan"), strict=True):
+        assert one.dtype == two.dtype == jnp.float32
+        np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-6)
+    taken = []
+    monkeypatch.setattr(kernels, "_device", TPU)
+    monkeypatch.setattr(
+        kernels, "run", lambda op, choice, *arrays: taken.append([z.dtype for z in arrays]) or arrays[1:3]
+    )
+    ops.linear_scan(*narrow)
+    ops.linear_scan(a, x, impl="chunk")
+    ops.linear_scan(a, x + 1j)
+    ops.linear_scan(a[:, :1], x[:, :1])
+    assert taken == [[jnp.float32, jnp.bfloat16, jnp.float32, jnp.bool_]]
+
+
 def test_a_cpu_never_imports_pallas():
     code = """
 import sys
@@ -140,7 +166,7 @@ import flax.linen, jax
 before = set(sys.modules)
 import memzoo
 x = jax.numpy.ones((1, 20, 8))
-for name in ("gated_deltanet", "linear_attention"):
+for name in ("gated_deltanet", "linear_attention", "min_gru"):
     mixer = memzoo.make(name, width=8)
     jax.eval_shape(mixer.init_with_output, jax.random.key(0), x)
 try:
