@@ -23,9 +23,11 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.experimental.mosaic.gpu import core  # noqa: E402
-from memzoo_kernels import delta_rule_sm90, linear_attention_sm90  # noqa: E402
+from memzoo_kernels import delta_rule_sm90, linear_attention_sm90, linear_scan_sm90  # noqa: E402
 
-MODULES = {"linear_attention": linear_attention_sm90, "delta_rule": delta_rule_sm90}
+MODULES = {"linear_attention": linear_attention_sm90, "delta_rule": delta_rule_sm90, "linear_scan": linear_scan_sm90}
+CASES = [(op, decay) for op in ("linear_attention", "delta_rule") for decay in ("per head", "per key")]
+CASES.append(("linear_scan", "per channel"))  # of which there are as many as keys in all heads
 TILES = {"default": (128, 128, "bfloat16"), "largest": (256, 256, "bfloat16"), "float32": (128, 128, "float32")}
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- table of Hopper kernels begins -->\n", "<!-- table of Hopper kernels ends -->\n"
@@ -52,29 +54,31 @@ device_description_str: "NVIDIA H200"
 
 def compile_for(tile: str) -> None:
     device = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=H200).devices[0]
-    for op, per_key in ((op, per_key) for op in MODULES for per_key in (False, True)):
+    for op, decay in CASES:
         K, V, dtype = TILES[tile]
-        if per_key and op == "delta_rule" and dtype == "float32":
+        if decay == "per key" and op == "delta_rule" and dtype == "float32":
             K = 64  # what fits
-        text, shared = compile_one(op, per_key, K, V, dtype, device)
+        text, shared = compile_one(op, decay, K, V, dtype, device)
         kernels: dict[str, tuple[int, int]] = {}
         for kernel, spilled, registers in PRINTED.findall(text):  # a kernel of more than one size: the worse
             kernels[kernel] = max(kernels.get(kernel, (0, 0)), (int(spilled), int(registers)))
         for kernel, (spilled, registers) in kernels.items():
-            row = {"op": op, "decay": "per key" if per_key else "per head", "K": K, "V": V, "dtype": dtype}
+            row = {"op": op, "decay": decay, "K": K, "V": V, "dtype": dtype}
             row |= {"kernel": kernel, "registers": registers, "spilled": spilled}
             print(json.dumps(row | {"shared": shared}), flush=True)
 
 
-def compile_one(op, per_key, K, V, dtype, device):
+def compile_one(op, decay, K, V, dtype, device):
     """(what the compiler prints, the most shared memory that a kernel takes)."""
     B, T, H = 8, 4096, 16
     where = jax.sharding.SingleDeviceSharding(device)
     of = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
     q, v = of(B, T, H, K, dtype=dtype), of(B, T, H, V, dtype=dtype)
     beta = [of(B, T, H)] if op == "delta_rule" else []
-    log_decay = of(B, T, H, K) if per_key else of(B, T, H)
+    log_decay = of(B, T, H, K) if decay == "per key" else of(B, T, H)
     arrays = [q, q, v, *beta, log_decay, of(B, H, K, V), of(B, T, dtype="bool")]
+    if op == "linear_scan":
+        arrays = [of(B, T, H * K, dtype=dtype)] * 2 + [of(B, H * K), arrays[-1]]
     run = getattr(MODULES[op], op)
 
     def gradients(*arrays):

@@ -1,7 +1,7 @@
 """Pallas kernels, one file per op and backend. Imports nothing of memzoo, and no Pallas until a kernel is asked for.
 
 A module is named after the op and the chip it is written for: `linear_attention_tpu`, `linear_attention_sm90`,
-`delta_rule_tpu`, `delta_rule_sm90`, `linear_scan_tpu`. It has two functions, `support` and the op:
+`delta_rule_tpu`, `delta_rule_sm90`, `linear_scan_tpu`, `linear_scan_sm90`. It has two functions, `support` and the op:
 
     support(q_BTHK, k_BTHK, v_BTHV, [beta_BTH], log_decay, S_BHKV, device, *, auto=False) -> None | str
     linear_attention(q_BTHK, k_BTHK, v_BTHV, log_decay, S_BHKV, reset_BT, *, interpret=False) -> y_BTHV, S_BHKV

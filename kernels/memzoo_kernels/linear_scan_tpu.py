@@ -116,7 +116,7 @@ def _sweep(kernel, tiles, states, dtypes, *, before=None, interpret):
                 refs[i][...] = copies[i][...].astype(refs[i].dtype)
 
     memory = sum(x.size * x.dtype.itemsize for x in (*tiles, *states, *outputs))
-    return pl.pallas_call(
+    run = pl.pallas_call(
         widened,
         grid=(B, pl.cdiv(X, L), N),
         in_specs=specs,
@@ -129,7 +129,8 @@ def _sweep(kernel, tiles, states, dtypes, *, before=None, interpret):
         ),
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
         name="linear_scan_tpu" + kernel.__name__,
-    )(*inputs)
+    )
+    return tuple(run(*inputs))
 
 
 def _carry(a, h):

@@ -1,18 +1,28 @@
-"""The elementwise recurrence as a kernel: in Pallas' interpreter, against the loop in float64, and lowered for a TPU.
+"""The elementwise recurrence as a kernel: in Pallas' interpreters, against the loop in float64, and lowered for chips.
 
 Rows and channels that fill no tile; the first token of row 0 resets a state of NaN, and an inf ends at a reset.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from memzoo_kernels import linear_scan_tpu
+from memzoo_kernels import linear_scan_sm90, linear_scan_tpu
 
 B, T, X = 2, 39, 130
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
+MODULES = {"tpu": linear_scan_tpu, "sm90": linear_scan_sm90}
+STRICT = {
+    "tpu": pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2),
+    "sm90": plgpu.InterpretGPUParams(detect_races=True),
+}
 DECAYS = ("near 0", "near 1", "signs", "zeros")
+
+
+each = pytest.mark.parametrize("chip", MODULES)
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +58,10 @@ def in_numpy(a, x, h, reset, dh, dlast):
     return all_h, h, da, dx, g
 
 
-@jax.jit
-def in_pallas(a, x, h, reset, dh, dlast):
-    run = lambda a, x, h: linear_scan_tpu.linear_scan(a, x, h, reset, interpret=STRICT)
-    outputs, pull = jax.vjp(run, a, x, h)
+@functools.partial(jax.jit, static_argnums=0)
+def in_pallas(chip, a, x, h, reset, dh, dlast):
+    run = jax.jit(functools.partial(MODULES[chip].linear_scan, interpret=STRICT[chip]))  # as ops do
+    outputs, pull = jax.vjp(lambda *arrays: run(*arrays, reset), a, x, h)
     return *outputs, *pull((dh, dlast))
 
 
@@ -60,81 +70,108 @@ def relative(a, b):
     return np.sqrt(np.mean((a - b) ** 2)) / (np.sqrt(np.mean(b**2)) + 1e-30)
 
 
-def check(decay, dtypes=("float32", "float32"), length=T):
+def check(chip, decay, dtypes=("float32", "float32"), length=T):
     (a, x, h), reset, cotangents = make(decay, length)
     a, x = (np.asarray(jnp.asarray(z, dtype)) for z, dtype in zip((a, x), dtypes, strict=True))
     h, *cotangents = (z.astype(np.float32) for z in (h, *cotangents))
     h[0, 0] = np.nan
-    got = in_pallas(a, x, h, reset, *cotangents)
+    got = in_pallas(chip, a, x, h, reset, *cotangents)
     want = in_numpy(*(z.astype(np.float64) for z in (a, x, h)), reset, *cotangents)
     for name, z, right in zip(("all", "last", "da", "dx", "dh"), got, want, strict=True):
         dtype = {"da": a.dtype, "dx": x.dtype}.get(name, np.float32)
         assert z.dtype == dtype and relative(z, right) < (1e-6 if dtype == np.float32 else 4e-3), name
 
 
-def test_the_kernel_is_the_loop():
-    for decay in DECAYS:
-        check(decay)
+@each
+def test_the_kernel_is_the_loop(chip):
+    for decay in ("near 1", "zeros"):
+        check(chip, decay)
 
 
-def test_in_bfloat16():
-    check("signs", ("bfloat16", "bfloat16"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("dtypes", (("bfloat16", "float32"), ("float32", "bfloat16")))
-def test_in_two_dtypes(dtypes):
-    for decay in DECAYS:
-        check(decay, dtypes)
+@each
+def test_in_bfloat16(chip):
+    check(chip, "signs", ("bfloat16", "bfloat16"))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("length", (1, 7, 16, 17, 32))
-def test_any_length(length):
-    check("signs", length=length)
+@pytest.mark.parametrize("dtypes", (("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")))
+@each
+def test_whatever_the_decays_and_dtypes(chip, dtypes):
+    for decay in DECAYS:
+        check(chip, decay, dtypes)
 
 
-def test_nothing_crosses_a_reset():
+@pytest.mark.long
+@pytest.mark.parametrize("length", (1, 7, 16, 17, 32, 65))
+@each
+def test_any_length(chip, length):
+    check(chip, "signs", length=length)
+
+
+@each
+def test_nothing_crosses_a_reset(chip):
     (a, x, h), reset, cotangents = make("zeros")
     x[:, 5], a[1, 8] = np.inf, np.nan
     reset[:, 15] = True
-    all_h = np.asarray(in_pallas(*(z.astype(np.float32) for z in (a, x, h)), reset, *cotangents)[0])
+    all_h = np.asarray(in_pallas(chip, *(z.astype(np.float32) for z in (a, x, h)), reset, *cotangents)[0])
     assert np.isinf(all_h[:, 5]).all() and np.isnan(all_h[1, 8]).all() and np.isfinite(all_h[:, 15:]).all()
 
 
-def shapes(dtypes=(jnp.float32,) * 3, length=300):
-    sizes = (B, length, X), (B, length, X), (B, X)
+@pytest.mark.long
+def test_mapped_is_row_by_row():
+    """On Hopper; the interpreter for TPUs maps no kernel."""
+    (a, x, h), reset, _ = make("signs")
+    a, x, h = (z.astype(np.float32) for z in (a, x, h))
+    run = functools.partial(linear_scan_sm90.linear_scan, interpret=True)
+    got = jax.jit(jax.vmap(run))(*(np.stack([z, z[::-1]]) for z in (a, x, h, reset)))
+    want = in_numpy(a, x, h, reset, x, h)[:2]
+    for z, right in zip(got, want, strict=True):
+        assert relative(z[0], right) < 1e-6 and relative(z[1, ::-1], right) < 1e-6
+
+
+def shapes(dtypes=(jnp.float32,) * 3, rows=B):
+    sizes = (rows, 300, X), (rows, 300, X), (rows, X)
     return [jax.ShapeDtypeStruct(*array) for array in zip(sizes, dtypes, strict=True)]
 
 
-def test_it_lowers_for_a_tpu(monkeypatch):
-    """Mapped, which its interpreter cannot run."""
+@pytest.mark.parametrize(
+    ("chip", "platform", "call"), (("tpu", "tpu", "tpu_custom_call"), ("sm90", "cuda", "custom_call @mosaic_gpu"))
+)
+def test_it_lowers_for_the_chip(chip, platform, call, monkeypatch):
+    """Mapped too."""
     monkeypatch.undo()
 
     def outputs_and_gradients(reset, *arrays):
-        outputs, pull = jax.vjp(lambda *arrays: jax.vmap(linear_scan_tpu.linear_scan)(*arrays, reset), *arrays)
+        outputs, pull = jax.vjp(lambda *arrays: jax.vmap(MODULES[chip].linear_scan)(*arrays, reset), *arrays)
         return outputs, pull(outputs)
 
     arrays = jax.ShapeDtypeStruct((B, 300), jnp.bool_), *shapes()
     mapped = [jax.ShapeDtypeStruct((3, *array.shape), array.dtype) for array in arrays]
-    text = jax.jit(outputs_and_gradients).trace(*mapped).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") == 2
+    text = jax.jit(outputs_and_gradients).trace(*mapped).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(call) == 2
 
 
-def test_support_names_the_limit():
-    class Chip:
-        platform, device_kind = "tpu", "TPU v5 lite"
-
-    class OldChip(Chip):
-        device_kind = "TPU v3"
-
-    support = linear_scan_tpu.support
-    assert (
-        support(*shapes(), Chip(), auto=True) is None
-        and support(*shapes((jnp.bfloat16,) * 2 + (jnp.float32,)), None) is None
-    )
+@each
+def test_support_names_the_limit(chip):
+    support = MODULES[chip].support
+    assert support(*shapes(), None) is None
+    assert support(*shapes((jnp.bfloat16, jnp.bfloat16, jnp.float32)), None) is None
     assert support(*shapes((jnp.complex64,) * 3), None) == "a is complex64, neither bfloat16 nor float32"
     assert support(*shapes((jnp.float32, jnp.float16, jnp.float32)), None).startswith("x is float16")
     assert support(*shapes((jnp.float32, jnp.float32, jnp.float64)), None) == "h is float64, not float32"
-    assert support(*shapes(), jax.devices("cpu")[0]) == "the device is a cpu, not a TPU"
-    assert "v4 and later" in support(*shapes(), OldChip())
+    assert support(*shapes(), jax.devices("cpu")[0]).startswith("the device is a cpu, not ")
+
+
+class Chip:
+    def __init__(self, device_kind, platform="tpu", compute_capability=None):
+        self.device_kind, self.platform, self.compute_capability = device_kind, platform, compute_capability
+
+
+def test_support_knows_the_chip():
+    tpu, hopper = linear_scan_tpu.support, functools.partial(linear_scan_sm90.support, *shapes())
+    assert tpu(*shapes(), Chip("TPU v5 lite"), auto=True) is None
+    assert "v4 and later" in tpu(*shapes(), Chip("TPU v3"))
+    assert hopper(Chip("NVIDIA H200", "gpu", "9.0")) is None
+    assert hopper(Chip("NVIDIA A100", "gpu", "8.0")) == "the device is a NVIDIA A100, not of compute capability 9.0"
+    assert hopper(Chip("NVIDIA H200", "gpu", "9.0"), auto=True).startswith("4 programs, rows by 128 channels, do not")
+    assert linear_scan_sm90.support(*shapes(rows=66), Chip("NVIDIA H200", "gpu", "9.0"), auto=True) is None

@@ -17,6 +17,7 @@ KERNELS = {
     ("linear_attention", "per key"): PLAIN,
     ("delta_rule", "per head"): LINEAR | {"delta_rule_y", "delta_rule_yu", "delta_rule_E"},
     ("delta_rule", "per key"): PLAIN | {"per_key_before_forwards", "per_key_after_backwards"},
+    ("linear_scan", "per channel"): {"linear_scan_forwards", "linear_scan_backwards"},
 }
 
 
