@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from memzoo import contract, ops
 
-OPS = ("linear_attention", "delta_rule")
+OPS = ("linear_attention", "delta_rule", "linear_scan")
 DECAYS = ("head", "key")
 DTYPES = ("bfloat16", "float32")
 PEAKS = {  # bytes and bfloat16 flops per second, of the makers' sheets
@@ -79,6 +79,9 @@ def arguments(config: Config, op: str, decay: str, B: int, T: int, H: int, seed:
     """Positional arguments of the op, float32: unit keys, write strengths in (0, 1), log-decays about -0.1."""
     rng, K, V = np.random.default_rng(seed), config.key_dim, config.value_dim
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    if op == "linear_scan":
+        a, x = np.asarray(normal(2, B, T, H * V))
+        return np.exp(-0.1 * np.abs(a)), x
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     log_decay = -0.1 * np.abs(normal(B, T, H, K) if decay == "key" else normal(B, T, H))
     beta = [1 / (1 + np.exp(-normal(B, T, H)))] if op == "delta_rule" else []
@@ -89,6 +92,12 @@ def typed(args: tuple[np.ndarray, ...], dtype: str) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(x, dtype if i < 3 else jnp.float32) for i, x in enumerate(args))
 
 
+def shapes(config: Config, op: str, B: int, T: int, H: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the outputs and the last state. The channels of `linear_scan` are the values of all heads."""
+    K, V = config.key_dim, config.value_dim
+    return ((B, T, H * V), (B, H * V)) if op == "linear_scan" else ((B, T, H, V), (B, H, K, V))
+
+
 def forward(op: str, impl: str) -> Callable[..., Any]:
     return lambda *args: getattr(ops, op)(*args, impl=impl)
 
@@ -96,9 +105,9 @@ def forward(op: str, impl: str) -> Callable[..., Any]:
 def forward_backward(op: str, impl: str) -> Callable[..., Any]:
     """Outputs and, for cotangents dy and dS that are given, the gradients."""
 
-    def run(dy_BTHV, dS_BHKV, *args):
+    def run(dy, dS, *args):
         outputs, pull = jax.vjp(forward(op, impl), *args)
-        return outputs, pull((dy_BTHV.astype(outputs[0].dtype), dS_BHKV.astype(outputs[1].dtype)))
+        return outputs, pull((dy.astype(outputs[0].dtype), dS.astype(outputs[1].dtype)))
 
     return run
 
@@ -107,9 +116,8 @@ def check(config: Config, op: str, decay: str) -> dict[str, float]:
     """Relative root mean squares of the kernel's errors: the worst of the outputs, and of the gradients."""
     B, T, H = config.check_rows, config.check_length, 2
     held = typed(arguments(config, op, decay, B, T, H, seed=0), config.dtype)
-    rng = np.random.default_rng(1)
-    shapes = (B, T, H, config.value_dim), (B, H, config.key_dim, config.value_dim)
-    dy, dS = (jnp.asarray(rng.standard_normal(shape, np.float32), config.dtype) for shape in shapes)
+    normal = np.random.default_rng(1).standard_normal
+    dy, dS = (jnp.asarray(normal(shape, np.float32), config.dtype) for shape in shapes(config, op, B, T, H))
     got = jax.tree.map(np.asarray, jax.jit(forward_backward(op, "pallas"))(dy, dS, *held))
     wide = [np.asarray(x, np.float64) for x in (dy, dS, *held)]
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -125,13 +133,16 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 def cost(config: Config, op: str, decay: str, T: int, what: str) -> tuple[int, int]:
     """(bytes that have to move, flops of the matmuls), each array read or written once."""
     K, V, e = config.key_dim, config.value_dim, jnp.dtype(config.dtype).itemsize
+    tokens = config.batch * T * config.heads
+    if op == "linear_scan":
+        each = (2 * e + 4, 2) if what == "forward" else (5 * e + 12, 5)
+        return each[0] * V * tokens, each[1] * V * tokens
     gates = 4 * ((K if decay == "key" else 1) + (op == "delta_rule"))
     numbers = e * (2 * K + 2 * V) + gates, 2 * (C * (K + V) + 2 * K * V)
     if op == "delta_rule":
         numbers = numbers[0], 2 * (C * (2 * K + 2 * V) + 3 * K * V)
     if what == "forward+backward":  # q, k, v, dy and gates in, dq, dk, dv and theirs out, besides the forward pass
         numbers = numbers[0] + e * (4 * K + 3 * V) + 2 * gates, 3 * numbers[1]
-    tokens = config.batch * T * config.heads
     return numbers[0] * tokens, numbers[1] * tokens
 
 
@@ -142,7 +153,7 @@ def fla_form(op: str, decay: str, what: str, inputs: list[tuple[jax.Array, ...]]
 
         module, name = FLA[op, decay]
         kernel = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, KeyError):
         return None
     if not torch.cuda.is_available():
         return None
@@ -190,16 +201,12 @@ def measure(config: Config, op: str, decay: str, T: int, what: str) -> list[dict
     inputs = []
     for seed in range(config.copies):
         args = typed(arguments(config, op, decay, config.batch, T, config.heads, seed), config.dtype)
-        dS_BHKV = jnp.zeros((config.batch, config.heads, config.key_dim, config.value_dim), jnp.float32)
-        inputs.append((args[2], dS_BHKV, *args))
+        dS = jnp.zeros(shapes(config, op, config.batch, T, config.heads)[1], jnp.float32)
+        inputs.append((args[1].astype(jnp.float32) if op == "linear_scan" else args[2], dS, *args))
     forms: dict[str, Callable[[int], Any]] = {}
-
-    def run(program, first, n):
-        return program(*inputs[n][first:])
-
+    make, first = (forward, 2) if what == "forward" else (forward_backward, 0)
     for impl in ("pallas", "chunk"):
-        program = jax.jit(forward(op, impl) if what == "forward" else forward_backward(op, impl))
-        forms[impl] = functools.partial(run, program, 2 if what == "forward" else 0)
+        forms[impl] = functools.partial(lambda program, n: program(*inputs[n][first:]), jax.jit(make(op, impl)))
     halves = [jnp.full(bytes_moved // 8, n, jnp.int32) for n in range(config.copies)]
     copy = jax.jit(lambda x: x + 1)
     forms["copy"] = lambda n: copy(halves[n])
@@ -222,8 +229,8 @@ def measure(config: Config, op: str, decay: str, T: int, what: str) -> list[dict
 
 
 def table(rows: list[dict[str, Any]], title: str) -> str:
-    lines = [title, "", "| op | decay | T | pass | form | us | x chunk | of copy's speed | of the floor's |"]
-    lines.append("|" + "---|" * 9)
+    head = "| op | decay | T | pass | form | us | x chunk | of copy's speed | of the floor's |"
+    lines = [title, "", head, "|" + "---|" * 9]
     for r in rows:
         if "us" in r:
             floor = f"{r['floor']:.2f}" if r["floor"] else ""
@@ -276,7 +283,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     title = f"jax {jax.__version__}, {device.device_kind}, {time.strftime('%Y-%m-%d')}, {config.dtype}"
     tqdm.write(title)
     rows: list[dict[str, Any]] = []
-    cases = [(op, decay) for op in config.ops for decay in config.decays]
+    cases = [(op, d) for op in config.ops for d in (("channel",) if op == "linear_scan" else config.decays)]
     for op, decay in tqdm(cases, unit="case", leave=False):
         interpreted = memzoo_kernels.interpreted(config.interpret) if config.interpret else contextlib.nullcontext()
         try:

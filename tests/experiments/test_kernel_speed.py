@@ -38,12 +38,14 @@ def test_bytes_and_flops_of_the_floor():
     """At B = 8, H = 16, K = V = 128, T = 4,096 in bfloat16: 0.54 GB and, in chunks of 64, 52 GFLOP for the forward."""
     bytes_moved, flops = kernel_speed.cost(kernel_speed.Config(), "linear_attention", "head", 4096, "forward")
     assert round(bytes_moved / 1e9, 2) == 0.54 and round(flops / 1e9) == 52
+    config = kernel_speed.Config(dtype="float32", batch=1, heads=1)
+    assert kernel_speed.cost(config, "linear_scan", "channel", 1, "forward+backward") == (32 * 128, 5 * 128)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ops": ("delta",)}, "ops: expected one of linear_attention, delta_rule; did you mean delta_rule"),
+        ({"ops": ("delta",)}, "ops: expected one of linear_attention, delta_rule, .*; did you mean delta_rule"),
         ({"decays": ("heads",)}, "decays: expected one of head, key; did you mean head"),
         ({"dtype": "float16"}, "dtype: expected one of bfloat16, float32"),
         ({"lengths": (8, 0)}, "lengths: expected an integer >= 1, got 0"),
