@@ -75,20 +75,20 @@ def main(config: Config) -> list[dict[str, Any]]:
     if config.late < max(config.early, config.tokens):
         raise ValueError(f"late: expected at least early and tokens, got {config.late}")
     for name in config.names:
-        memzoo.card(name)  # a typo is known before the first is timed
+        memzoo.make(name, width=config.width)  # a typo, or what does not fit, is known before the first is timed
     names = config.names or [name for name in memzoo.names() if memzoo.card(name).state == "constant"]
     checkpoint.check(config.out, {}, resume=False)
     device = jax.devices()[0]
     tqdm.write(f"jax {jax.__version__}, {device.device_kind}, {time.strftime('%Y-%m-%d')}")
     tqdm.write(f"{'':18} us per token at {config.early:>6,} and {config.late:>6,}   ratio   bytes of state at both")
     rows = []
+    config.out.mkdir(parents=True, exist_ok=True)
     for name in tqdm(names, leave=False):
         row = measure(config, name)
         rows.append(row)
         times = f"{row['us_early']:22.1f} {row['us_late']:10.1f}"
         tqdm.write(f"{name:18} {times} {row['ratio']:7.3f} {row['bytes_early']:>10,} {row['bytes_late']:>10,}")
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "decode_speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (config.out / "decode_speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

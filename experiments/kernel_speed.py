@@ -276,7 +276,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         for name in chosen:
             if name not in known:
                 raise ValueError(f"{field}: expected one of {', '.join(known)}; {contract.nearest(name, known)}")
-    if config.out.exists() and any(config.out.iterdir()):
+    if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
         raise ValueError(f"out: expected a new or empty directory, got {config.out}")
     config.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]

@@ -90,9 +90,9 @@ def main(config: Config) -> list[dict[str, Any]]:
     for name in config.names:
         if name not in NAMES:
             raise ValueError(f"names: unknown name {name!r}; {contract.nearest(name, NAMES)}")
+    if not config.names or not config.chunks or not config.lengths:
+        raise ValueError("names, chunks, lengths: expected at least one of each, got none")
     for field in ("chunks", "lengths"):
-        if not getattr(config, field):
-            raise ValueError(f"{field}: expected at least one, got none")
         for number in getattr(config, field):
             contract.positive(**{field: number})
     contract.divisible("width", config.width, "heads", config.heads)

@@ -151,6 +151,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(config: Config) -> list[dict[str, Any]]:
     contract.positive(batch=config.batch, repeats=config.repeats)
+    if not config.names or not config.lengths or not config.states:
+        raise ValueError("names, lengths, states: expected at least one of each, got none")
     for T in config.lengths:
         contract.positive(lengths=T)
     for X in config.states:

@@ -203,6 +203,8 @@ def main(config: Config) -> list[dict[str, Any]]:
     sizes = ("hidden", "most", "length", "batch", "updates", "seeds", "eval_every")
     contract.positive(**{name: getattr(config, name) for name in sizes})
     for field, known in (("names", NAMES), ("tasks", TASKS), ("curricula", CURRICULA)):
+        if not getattr(config, field):
+            raise ValueError(f"{field}: expected at least one, got none")
         for name in getattr(config, field):
             if name not in known:
                 raise ValueError(f"{field}: unknown {name!r}; {contract.nearest(name, known)}")

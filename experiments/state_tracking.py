@@ -186,8 +186,8 @@ def main(config: Config) -> list[dict[str, Any]]:
         )
     for T in config.lengths:
         contract.positive(lengths=T)
-    if not config.models or not config.lengths:
-        raise ValueError("models, lengths: expected at least one of each, got none")
+    if not config.models or not config.groups or not config.lengths:
+        raise ValueError("models, groups, lengths: expected at least one of each, got none")
     for kind in config.models:
         if kind not in MODELS:
             raise ValueError(f"models: unknown model {kind!r}; {contract.nearest(kind, MODELS)}")

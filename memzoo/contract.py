@@ -7,12 +7,13 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 
 
 def state_dtype(dtype: Any) -> jnp.dtype:
@@ -38,8 +39,29 @@ def begin(mixer: Any, x_BTD: jax.Array, state: Any, reset_BT: jax.Array | None) 
 def check_input(x_BTD: jax.Array, width: int) -> None:
     if np.ndim(x_BTD) != 3 or np.shape(x_BTD)[-1] != width or np.shape(x_BTD)[1] == 0:
         raise ValueError(f"x_BTD: expected shape [B, T >= 1, D = {width}], got {list(np.shape(x_BTD))}")
+    if np.shape(x_BTD)[0] == 0:
+        raise ValueError(f"x_BTD: expected B >= 1, got shape {list(np.shape(x_BTD))}")
+    check_array("x_BTD", x_BTD)
     if not jnp.issubdtype(x_BTD.dtype, jnp.floating):
         raise ValueError(f"x_BTD: expected a floating dtype, got {x_BTD.dtype}")
+
+
+def frozen(fields: Any) -> FrozenDict:
+    """Fields of a mixer, lists and arrays as tuples: hashable, so that their model is a static argument of jit."""
+
+    def hashable(value):
+        if isinstance(value, np.ndarray | jax.Array):
+            value = np.asarray(value).tolist()
+        if type(value) in (list, tuple):
+            return tuple(map(hashable, value))
+        return frozen(value) if isinstance(value, Mapping) else value
+
+    return FrozenDict({name: hashable(value) for name, value in fields.items()})
+
+
+def check_array(name: str, x: Any) -> None:
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"{name}: expected an array, got {describe(x)}")
 
 
 def check_reset(reset_BT: jax.Array | None, B: int, T: int) -> None:
@@ -47,6 +69,7 @@ def check_reset(reset_BT: jax.Array | None, B: int, T: int) -> None:
         return
     if np.shape(reset_BT) != (B, T):
         raise ValueError(f"reset_BT: expected shape [B = {B}, T = {T}], got {list(np.shape(reset_BT))}")
+    check_array("reset_BT", reset_BT)
     if reset_BT.dtype != jnp.bool_:
         raise ValueError(f"reset_BT: expected dtype bool, got {reset_BT.dtype}")
 

@@ -37,6 +37,8 @@ def adamw(
         raise ValueError(f"learning_rate: expected a finite number > 0, got {learning_rate}")
     if steps < 1:
         raise ValueError(f"steps: expected an integer >= 1, got {steps}")
+    if warmup < 0:
+        raise ValueError(f"warmup: expected an integer >= 0, got {warmup}")
     warmup = min(warmup, steps // 10)
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, end * learning_rate)
     # The count is that of updates already made, so a schedule from 0 would waste the first.

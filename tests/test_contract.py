@@ -419,6 +419,12 @@ def test_bad_input_is_named(name):
         call(params, x[:, :0])
     with pytest.raises(ValueError, match="x_BTD: expected a floating dtype, got int32"):
         call(params, x.astype(jnp.int32))
+    with pytest.raises(ValueError, match=r"x_BTD: expected B >= 1, got shape \[0, 72, 12\]"):
+        call(params, x[:0])
+    with pytest.raises(ValueError, match="x_BTD: expected an array, got "):
+        call(params, x.tolist())
+    with pytest.raises(ValueError, match="reset_BT: expected an array, got "):
+        call(params, x, state, reset.tolist())
     with pytest.raises(ValueError, match=r"state.*: expected shape \[2, .* got \[1, "):
         call(params, x, jax.tree.map(lambda s: s[:1], state))
     with pytest.raises(ValueError, match=rf"state: expected memzoo\.mixers\.{name}\.State, got "):

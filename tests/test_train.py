@@ -19,6 +19,11 @@ def slope(params, batch, key):
     return jnp.mean(batch @ params["a"])
 
 
+def test_a_negative_warmup_is_refused():
+    with pytest.raises(ValueError, match="warmup: expected an integer >= 0, got -1"):
+        train.adamw(0.5, steps=100, warmup=-1)
+
+
 def test_the_rate_rises_linearly_and_falls_as_a_cosine():
     # Under a constant gradient Adam moves by the learning rate itself.
     optimizer = train.adamw(0.5, steps=100, warmup=10, weight_decay=0.0, end=0.1)

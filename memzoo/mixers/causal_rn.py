@@ -41,8 +41,10 @@ def step(state, a_F, c_F):
     c_WF, p = state
     W = len(c_WF)
     c_WF = c_WF.at[p % W].set(c_F)
-    z_WF = jnp.where(jnp.arange(W)[:, None] <= p, norm(a_F + c_WF), -jnp.inf)
-    return State(c_WF, bounded(p, W) + 1), jnp.sum(jnp.exp(z_WF - jnp.max(z_WF)), axis=0)
+    seen_W1 = jnp.arange(W)[:, None] <= p
+    z_WF = jnp.where(seen_W1, norm(a_F + c_WF), 0)  # no -inf: XLA's gradient of exp has been NaN there, in float64
+    largest = jnp.max(z_WF, where=seen_W1, initial=-jnp.inf)
+    return State(c_WF, bounded(p, W) + 1), jnp.sum(jnp.where(seen_W1, jnp.exp(z_WF - largest), 0), axis=0)
 
 
 def norm(z_XF):

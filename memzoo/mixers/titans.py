@@ -110,7 +110,7 @@ class Titans(nn.Module):
 
         if self.persistent:
             p_ND = self.param("persistent", nn.initializers.normal(1.0), (self.persistent, D), self.param_dtype)
-            told, _ = tokens(p_ND[None].astype(x_BTD.dtype), None, None)
+            told, _ = tokens(p_ND[None].astype(jnp.result_type(x_BTD)), None, None)
             _, read = learn({n: W.astype(wide) for n, W in A.items()}, *told)
             A = {n: W.astype(wide) + read.A[n][0] for n, W in A.items()}
         told, past_BPE = tokens(x_BTD, state.past_BPE, reset_BT)

@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
     def __post_init__(self):
         pattern = (self.mixers,) if isinstance(self.mixers, str) else tuple(map(as_place, self.mixers))
         object.__setattr__(self, "mixers", pattern)
-        object.__setattr__(self, "fields", FrozenDict(self.fields))  # hashable, so a model is a static argument of jit
+        object.__setattr__(self, "fields", contract.frozen(self.fields))
         contract.positive(vocab=self.vocab, width=self.width, layers=self.layers)
         if self.hidden is not None:
             contract.positive(hidden=self.hidden)
@@ -198,7 +198,7 @@ def describe(model: LanguageModel, batch: int = 1) -> Size:
 
 def as_place(place: Any) -> Place:
     if isinstance(place, tuple | list) and len(place) == 2 and isinstance(place[1], Mapping):
-        return place[0], FrozenDict(place[1])
+        return place[0], contract.frozen(place[1])
     if not isinstance(place, str):
         raise ValueError(f"mixers: expected names, or (name, fields), got {place!r}")
     return place
@@ -235,6 +235,9 @@ def check_tokens(name: str, tokens_BT: Any, vocab: int) -> None:
     """Raises ValueError unless tokens are integers [B, T >= 1] in the vocabulary; not for values inside `jit`."""
     if np.ndim(tokens_BT) != 2 or np.shape(tokens_BT)[1] == 0:
         raise ValueError(f"{name}: expected shape [B, T >= 1], got {list(np.shape(tokens_BT))}")
+    if np.shape(tokens_BT)[0] == 0:
+        raise ValueError(f"{name}: expected B >= 1, got shape {list(np.shape(tokens_BT))}")
+    contract.check_array(name, tokens_BT)
     if not jnp.issubdtype(jnp.result_type(tokens_BT), jnp.integer):
         raise ValueError(f"{name}: expected an integer dtype, got {jnp.result_type(tokens_BT)}")
     if isinstance(tokens_BT, jax.core.Tracer | jax.ShapeDtypeStruct):

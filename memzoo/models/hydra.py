@@ -358,7 +358,7 @@ class Hydra(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        object.__setattr__(self, "fields", FrozenDict(self.fields))  # hashable, so a model is a static argument of jit
+        object.__setattr__(self, "fields", contract.frozen(self.fields))
         contract.positive(vocab=self.vocab, width=self.width, layers=self.layers, chunk=self.chunk)
         contract.positive(experts=self.experts, top_k=self.top_k, slots=self.slots, pkm_top_k=self.pkm_top_k)
         contract.positive(sub_keys=self.sub_keys, key_dim=self.key_dim)

@@ -134,7 +134,7 @@ class Titans(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        object.__setattr__(self, "memory", FrozenDict(self.memory))  # hashable, for a static argument of jit
+        object.__setattr__(self, "memory", contract.frozen(self.memory))
         contract.positive(vocab=self.vocab, width=self.width, layers=self.layers)
         if self.hidden is not None:
             contract.positive(hidden=self.hidden)

@@ -45,7 +45,7 @@ class Sums(NamedTuple):
 
     S_CZ: jax.Array
     a_CZR: jax.Array
-    decay: Any  # (A that came, rate_C, A's resets, stay_CR, left_CCR), where a direction is not linear; else None
+    decay: Any  # the rest of the arguments of _decayed, where a direction is not linear; else None
 
 
 def chunks(memory, objective, rule, A0, fixed, state, xs, reset_BT, C, aligned):

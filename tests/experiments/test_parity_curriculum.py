@@ -56,6 +56,7 @@ def test_a_leaky_unit_forgets_in_its_time_constant():
     ("fields", "message"),
     [
         ({"names": ("gruu",)}, "names: unknown 'gruu'; did you mean gru"),
+        ({"names": ()}, "names: expected at least one, got none"),
         ({"tasks": ("dms",)}, "tasks: unknown 'dms'"),
         ({"curricula": ("both",)}, "curricula: unknown 'both'"),
         ({"most": 1}, "most: expected 2 <= most <= length = 80, got 1"),

@@ -118,8 +118,9 @@ def test_memory_speed(tmp_path):
     ("fields", "message"),
     [
         ({"names": ("titan",)}, "names: unknown name 'titan'; did you mean titans"),
+        ({"names": ()}, "names, chunks, lengths: expected at least one of each, got none"),
         ({"names": ("lattice",)}, "names: unknown name 'lattice'"),
-        ({"chunks": ()}, "chunks: expected at least one, got none"),
+        ({"chunks": ()}, "names, chunks, lengths: expected at least one of each, got none"),
         ({"chunks": (1, 0)}, "chunks: expected an integer >= 1, got 0"),
         ({"lengths": (0,)}, "lengths: expected an integer >= 1, got 0"),
         ({"width": 10}, "width: expected a positive multiple of heads = 4, got 10"),

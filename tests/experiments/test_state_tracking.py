@@ -44,7 +44,8 @@ def test_words_grow_to_the_longest():
     ("fields", "message"),
     [
         ({"models": ("mamba",)}, "models: unknown model 'mamba'; did you mean mamba2"),
-        ({"models": ()}, "models, lengths: expected at least one of each"),
+        ({"models": ()}, "models, groups, lengths: expected at least one of each"),
+        ({"groups": ()}, "models, groups, lengths: expected at least one of each"),
         ({"groups": ("A5",)}, "name: expected Z2, Z3"),
         ({"lengths": (0,)}, "lengths: expected an integer >= 1, got 0"),
         ({"begin_length": 33}, "begin_length: expected at most train_length = 32, got 33"),

@@ -223,6 +223,15 @@ def test_under_jit_a_token_outside_the_vocabulary_gives_nan(params, tokens_BT, a
     assert jnp.isnan(logits_BTZ[1, 3:]).all() and not jnp.isnan(logits_BTZ[jnp.array([0, 2])]).any()
 
 
+def test_a_model_is_hashable_whatever_its_fields_are_of():
+    """As they come from JSON, say: it is a static argument of jit."""
+    made = [
+        LanguageModel(11, 12, 1, (("mlstm", {"forget_bias": bias}),), fields={"mlstm": {"forget_bias": bias}})
+        for bias in ([3.0, 6.0], (3.0, 6.0), np.array([3.0, 6.0]))
+    ]
+    assert len(set(made)) == 1 and made[0].fields["mlstm"]["forget_bias"] == (3.0, 6.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -250,6 +259,8 @@ def test_bad_fields_are_named_when_the_model_is_made(fields, message):
     [
         (lambda t, s: (t[0], s), r"tokens_BT: expected shape \[B, T >= 1\], got \[9\]"),
         (lambda t, s: (t[:, :0], s), r"tokens_BT: expected shape \[B, T >= 1\], got \[3, 0\]"),
+        (lambda t, s: (t[:0], s), r"tokens_BT: expected B >= 1, got shape \[0, 9\]"),
+        (lambda t, s: (t.tolist(), s), "tokens_BT: expected an array, got "),
         (lambda t, s: (t * 1.0, s), "tokens_BT: expected an integer dtype, got float32"),
         (lambda t, s: (t.at[2, 1].set(Z), s), r"tokens_BT: expected tokens in 0 ... vocab - 1 = 10, got 11"),
         (lambda t, s: (t.at[2, 1].set(-1), s), r"tokens_BT: expected tokens in 0 ... vocab - 1 = 10, got -1"),
