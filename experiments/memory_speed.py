@@ -9,9 +9,9 @@ program's temporary memory. What wants more than --memory-limit is left out.
 
 Expect on two CPU cores, at 4,096 tokens: titans with chunks of 16 and 64 3.3 and 4.7 times as fast as token by token
 with 4 heads, 7.2 and 13 with one (`--heads 1`), in a tenth or less of the memory; ttt_linear 2.1 and 2.5, 4.6 and 5.8.
-Where matrices are small, what a chunk costs is its many small operations. `--chunks 16 --lengths 1024 16384 --repeats 6`:
-time per token grows by 1.11 (titans), 1.10 (ttt_mlp), 0.65 (dot). The first calls of a program that wants gigabytes may
-take ten times as long, until the system has given it the pages: more repeats leave them out.
+Where matrices are small, what a chunk costs is its many small operations. From 1,024 to 16,384 tokens, `--chunks 16
+--repeats 6`, time per token grows by 1.11 (titans), 1.10 (ttt_mlp), 0.65 (dot). The first calls of a program that wants
+gigabytes may take ten times as long, until the system has given it the pages: more repeats leave them out.
 
 `--out` holds memory_speed.jsonl and memory_speed.png.
 
