@@ -91,8 +91,10 @@ FIELDS = {
 }
 NAMES = memzoo.names()
 # Trees of products compile slowest, newton after them, and kernels are interpreted: they are left to the long tests, as
-# each op tests them by default. So are most memories that learn while they read: titans and ttt_linear have all of it.
-SLOW = ("associative", "newton", "pallas", "ttt_mlp", "moneta", "yaad", "memora", "omega_net", "atlas", "dot")
+# each op tests them by default. So are the architectures that take longest: memories that learn while they read, all
+# upon one op, and four more.
+SLOW = ("associative", "newton", "pallas", "delta_product", "hax", "kda", "rwkv7")
+SLOW += ("ttt_linear", "ttt_mlp", "titans", "moneta", "yaad", "memora", "omega_net", "atlas", "dot")
 
 
 def forms(*but):
@@ -393,6 +395,7 @@ def test_vmap_is_the_batch(name):
     assert_close(jax.jit(jax.vmap(alone))(x, state), want, 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EACH)
 def test_bfloat16_stays_near_float32(name):
     """Of the same input: what its own rounding does is the function's affair, and not the computation's."""

@@ -48,7 +48,7 @@ MODELS = {
     "transnormer": partial(TransNormer, Z, D, 2, heads=2, hidden=7),
     "xlstm": partial(XLSTM, Z, D, 2, "1:1", heads=2, inner=16, hidden=7),
 }
-LONG = ("titans_mac", "titans_mag", "titans_mal")  # which compile slowest: their own tests are quick
+LONG = ("hydra", "titans_mac", "titans_mag", "titans_mal")  # which compile slowest: their own tests are quick
 IMPLS = ("scan", "chunk")
 
 
