@@ -21,6 +21,7 @@ this script that was not found. Passkey, one seed, at 256, 512, 1,024, 2,048 and
     mamba2           0.95  0.60  0.45  0.23  0.25
     titans           0.98  0.13  0.08  0.03  0.03
     titans_mac       0.50  0.35  0.15  0.10  0.20
+    titans_mal       0.40  0.25  0.23  0.15  0.07
     titans_mag       0.33  0.20  0.18  0.18  0.20
     window           0.38  0.20  0.23  0.28  0.20
 
