@@ -155,10 +155,15 @@ def limits(q: Any, k: Any, v: Any, wide: dict[str, Any], device: jax.Device | No
     for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
         if size > LARGEST:
             return f"{name} = {size} is more than {LARGEST}"
+    return wrong_chip(device)
+
+
+def wrong_chip(device: jax.Device | None) -> str | None:
+    """What keeps a kernel from running on this device, or None."""
     if device is not None and device.platform != "tpu":
         return f"the device is a {device.device_kind}, not a TPU"
     if device is not None and device.device_kind in ("TPU v2", "TPU v3"):
-        return f"the device is a {device.device_kind}, and the kernel's matmuls need v4 or later"
+        return f"the device is a {device.device_kind}, and kernels need v4 or later"
     return None
 
 

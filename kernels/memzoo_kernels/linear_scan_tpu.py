@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from memzoo_kernels._tpu import put
+from memzoo_kernels._tpu import put, wrong_chip
 
 CHUNK, CHANNELS = 128, 1024  # tokens and channels of a tile
 ROWS, PACKED = 8, 16  # tokens that lie together in memory, in float32 and in bfloat16
@@ -48,11 +48,7 @@ def support(a: Any, x: Any, h: Any, device: jax.Device | None, *, auto: bool = F
             return f"{name} is {array.dtype}, neither bfloat16 nor float32"
     if h.dtype != jnp.float32:
         return f"h is {h.dtype}, not float32"
-    if device is not None and device.platform != "tpu":
-        return f"the device is a {device.device_kind}, not a TPU"
-    if device is not None and device.device_kind in ("TPU v2", "TPU v3"):
-        return f"the device is a {device.device_kind}, and the kernel is compiled for v4 and later"
-    return None
+    return wrong_chip(device)
 
 
 def linear_scan(
