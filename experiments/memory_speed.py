@@ -37,7 +37,7 @@ from tqdm import tqdm
 import memzoo
 from memzoo import checkpoint, contract, host
 
-NAMES = tuple(name for name in memzoo.names("test-time memory") if name != "lattice")  # which has no chunks
+NAMES = memzoo.names("test-time memory")
 
 
 @dataclass(frozen=True)

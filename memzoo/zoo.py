@@ -161,7 +161,7 @@ _CARDS = (
     Card("dot", "test-time memory", "ATLAS: Learning to Optimally Memorize the Context at Test Time", "2505.23735",
          "constant", ("scan", "chunk"), "learns the last tokens at once, behind attention's kernel", "Dot"),
     Card("lattice", "test-time memory", "Lattice: Learning to Efficiently Compress the Memory", "2504.05646",
-         "constant", ("scan",), "slots that take only what is orthogonal to what they hold", "Lattice"),
+         "constant", ("scan", "chunk"), "slots that take only what is orthogonal to what they hold", "Lattice"),
     Card("rat", "hybrid", "RAT: Bridging RNN Efficiency and Attention Accuracy", "2507.04416", "constant",
          ("scan", "chunk"), "a gated recurrence inside chunks, softmax attention across their ends", "RAT"),
     Card("hax", "hybrid", "Overcoming Long-Context Limitations of State-Space Models", "2507.00449", "constant",

@@ -79,7 +79,7 @@ FIELDS = {
     # Each step of Newton-Schulz makes rounding, and curvature, 3.4 times as large where the momentum is of low rank.
     "atlas": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10, "muon_steps": 3},
     "dot": {"heads": 3, "key_dim": 4, "value_dim": 7, "hidden": 6, "window": 5, "chunk": 10},
-    "lattice": {"heads": 3, "slots": 5, "value_dim": 7},
+    "lattice": {"heads": 3, "slots": 5, "value_dim": 7, "chunk": 10},
     "rat": {"heads": 6, "groups": 3, "head_dim": 4, "chunk": 5, "window": 7},
     "hax": {"head_dim": 6, "state_size": 5, "bucket_keys": 7, "selected_keys": 9, "bits": 3},
     "gam": {"slots": 7},

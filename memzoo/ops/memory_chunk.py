@@ -51,16 +51,10 @@ class Sums(NamedTuple):
 def chunks(memory, objective, rule, A0, fixed, state, xs, reset_BT, C, aligned):
     """Blocks of C tokens, one after the other. aligned: all begin with a chunk and have no reset, and so one anchor."""
     (B, T), P = xs[0].shape[:2], rule.window - 1
-    N = -(-T // C)
+    N, blocks = -(-T // C), partial(cut, C=C)
     reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
     heads_first = lambda x: jnp.moveaxis(x, 2, 1)
     q_BHTK, k_BHTK, v_BHTV, *gates, gamma_BHT = map(heads_first, xs)
-
-    def blocks(x, axis=2):  # filled up with the last token, as 0 may have no gradient; it is not `there`
-        if N * C > T:
-            pads = [(0, N * C - T if i == axis else 0) for i in range(x.ndim)]
-            x = jnp.pad(x, pads, "constant" if x.dtype == bool else "edge")
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], N, C, *x.shape[axis + 1 :]), axis, 0)
 
     # The window's tokens before each block. Where none has been there is the block's first, as 0 may have no gradient.
     p_NP = jnp.arange(N)[:, None] * C + jnp.arange(P)
@@ -78,13 +72,7 @@ def chunks(memory, objective, rule, A0, fixed, state, xs, reset_BT, C, aligned):
         return jnp.concatenate([jnp.where(gamma_NBHP[..., None] != 0, x_NBHP, x_NBHC[:, :, :, :1]), x_NBHC], axis=3)
 
     # Of each block its tokens and, where that is little, what comes of their gates.
-    begins_NB = C - (places(state.place_B, T, reset_BT) % C)[:, ::C].T
-    reset_NBC, there_NBC = blocks(reset_BT, 1), blocks(jnp.ones((B, T), bool), 1)
-    first_NB, reset_NBC = reset_NBC[..., 0], reset_NBC.at[..., 0].set(False)
-    anchor_NBC = jnp.where(jnp.arange(C) < begins_NB[..., None], 0, 1)
-    anchor_NBC = jnp.where(jnp.cumsum(reset_NBC, axis=-1) > 0, 2, anchor_NBC)
-    several_N = jnp.any((begins_NB != C) | jnp.any(reset_NBC, axis=-1), axis=-1)
-    marks = Marks(reset_NBC, there_NBC, anchor_NBC, begins_NB)
+    marks, first_NB, several_N = mark(state.place_B, reset_BT, C)
     do = *map(blocks, gates), jnp.concatenate([gamma_NBHP, blocks(gamma_BHT)], axis=-1)
     sums = partial(_sums, rule, bool(state.S), aligned)
     at_once = rule.direction is None and gates[2].shape[-1] == 1
@@ -117,6 +105,26 @@ def chunks(memory, objective, rule, A0, fixed, state, xs, reset_BT, C, aligned):
     state = MemoryState(less(A), S, less(anchor), *past, place_B)
     y_BNCHV = jnp.moveaxis(y_NBHCV, (0, 3), (1, 2))
     return y_BNCHV.reshape(B, N * C, *y_BNCHV.shape[3:])[:, :T], state
+
+
+def cut(x, C, axis=2):
+    """Blocks of C, first. Filled up with the last one, as 0 may have no gradient; it is not `there`."""
+    N = -(-x.shape[axis] // C)
+    if x.shape[axis] < N * C:
+        pads = [(0, N * C - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, pads, "constant" if x.dtype == bool else "edge")
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], N, C, *x.shape[axis + 1 :]), axis, 0)
+
+
+def mark(place_B, reset_BT, C):
+    """(Marks of all blocks, [N, B, ...], which of them begin with a reset, which have several anchors in any row)."""
+    begins_NB = C - (places(place_B, reset_BT.shape[1], reset_BT) % C)[:, ::C].T
+    reset_NBC, there_NBC = cut(reset_BT, C, 1), cut(jnp.ones_like(reset_BT), C, 1)
+    first_NB, reset_NBC = reset_NBC[..., 0], reset_NBC.at[..., 0].set(False)
+    anchor_NBC = jnp.where(jnp.arange(C) < begins_NB[..., None], 0, 1)
+    anchor_NBC = jnp.where(jnp.cumsum(reset_NBC, axis=-1) > 0, 2, anchor_NBC)
+    several_N = jnp.any((begins_NB != C) | jnp.any(reset_NBC, axis=-1), axis=-1)
+    return Marks(reset_NBC, there_NBC, anchor_NBC, begins_NB), first_NB, several_N
 
 
 def _sums(rule, momentum, aligned, marks, gates):

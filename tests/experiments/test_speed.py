@@ -119,7 +119,7 @@ def test_memory_speed(tmp_path):
     [
         ({"names": ("titan",)}, "names: unknown name 'titan'; did you mean titans"),
         ({"names": ()}, "names, chunks, lengths: expected at least one of each, got none"),
-        ({"names": ("lattice",)}, "names: unknown name 'lattice'"),
+        ({"names": ("lstm",)}, "names: unknown name 'lstm'"),
         ({"chunks": ()}, "names, chunks, lengths: expected at least one of each, got none"),
         ({"chunks": (1, 0)}, "chunks: expected an integer >= 1, got 0"),
         ({"lengths": (0,)}, "lengths: expected an integer >= 1, got 0"),

@@ -48,15 +48,18 @@ def test_slots_with_keys_of_their_own_come_to_hold_the_values():
     """Of length 1, in steps of 1/2: the angle to the value falls with each, and what one learns another keeps."""
     S_VM, _, _ = problem()
     values_VM = sphere(np.random.default_rng(1).normal(size=(V, M)))
-    one = jax.jit(lambda S_VM, k_M, v_V: lattice.step(np.zeros((V, M)), S_VM, k_M, k_M, v_V, 0.5)[0])
+    nothing = np.zeros((V, M))
+    one = jax.jit(lambda S_VM, k_M, v_V: lattice.step(nothing, S_VM, nothing, True, k_M, k_M, v_V, 0.5)[0][0])
     for _ in range(20):
         for m in range(M):
             S_VM = np.asarray(one(S_VM, np.eye(M)[m], values_VM[:, m]))
     np.testing.assert_allclose(S_VM, values_VM, atol=1e-3)
 
 
-def test_is_its_recurrence_written_out():
-    mixer = memzoo.make("lattice", width=D, heads=H, slots=M, value_dim=V, conv_width=1)
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_is_its_recurrence_written_out(chunk):
+    """What is read, and the slots: as the chunk began, and what it has added since."""
+    mixer = memzoo.make("lattice", width=D, heads=H, slots=M, value_dim=V, conv_width=1, chunk=chunk)
     rng = np.random.default_rng(2)
     x_1TD = rng.normal(size=(1, T, D)).astype("float32")
     p = jax.jit(mixer.init)(jax.random.key(0), x_1TD[:, :1])
@@ -68,17 +71,35 @@ def test_is_its_recurrence_written_out():
     beta_TH = sigmoid(x_TD @ p["beta"]["kernel"] + p["beta"]["bias"])
     y_THV = np.zeros((T, H, V))
     for h in range(H):
-        slots = list(sphere(p["slots"][h]).T)
+        slots = began = list(sphere(p["slots"][h]).T)
         for t in range(T):
+            if t % chunk == 0:
+                slots = began = [s / np.linalg.norm(s) for s in slots]
             k_M = unit(k_THM[t, h])
-            e_V = v_THV[t, h] - sum(k_M[m] * slots[m] for m in range(M))
-            slots = [s + beta_TH[t, h] * k_M[m] * (e_V - s * (s @ e_V)) for m, s in enumerate(slots)]
-            slots = [s / np.linalg.norm(s) for s in slots]
-            y_THV[t, h] = sum(unit(q_THM[t, h])[m] * slots[m] for m in range(M))
-        np.testing.assert_allclose(state.S_BHVM[0, h] + sphere(p["slots"][h]), np.stack(slots, 1), atol=1e-5)
+            e_V = v_THV[t, h] - sum(k_M[m] * began[m] for m in range(M))
+            new = [e_V - s * (s @ e_V) for s in began]
+            slots = [s + beta_TH[t, h] * k_M[m] * new[m] for m, s in enumerate(slots)]
+            y_THV[t, h] = sum(unit(q_THM[t, h])[m] * s / np.linalg.norm(s) for m, s in enumerate(slots))
+        if T % chunk == 0:
+            slots = began = [s / np.linalg.norm(s) for s in slots]
+        now_VM = sphere(p["slots"][h]) + state.memory.S_BHVM[0, h] + state.memory.U_BHVM[0, h]
+        np.testing.assert_allclose(now_VM, np.stack(slots, 1), atol=1e-5)
+        np.testing.assert_allclose(state.memory.U_BHVM[0, h], np.stack(slots, 1) - np.stack(began, 1), atol=1e-5)
+    assert state.memory.place_B == T % chunk
     y_THV = y_THV / np.sqrt(np.mean(y_THV**2, -1, keepdims=True) + 1e-6) * p["norm"]["scale"]
     y_THV = y_THV * silu(np.einsum("td,dhv->thv", x_TD, p["gate"]["kernel"]))
     np.testing.assert_allclose(y_1TD[0], np.einsum("thv,hvd->td", y_THV, p["out"]["kernel"]), atol=1e-5)
+
+
+def test_slots_of_a_chunk_have_length_1_and_what_it_adds_is_orthogonal_to_them():
+    mixer = memzoo.make("lattice", width=D, heads=H, slots=M, value_dim=V, chunk=16)
+    x_1TD = np.random.default_rng(3).normal(size=(1, 43, D)).astype("float32")
+    p = jax.jit(mixer.init)(jax.random.key(0), x_1TD)
+    _, state = jax.jit(mixer.apply)(p, x_1TD)
+    S_HVM, U_HVM = np.asarray(p["params"]["slots"] + state.memory.S_BHVM[0]), np.asarray(state.memory.U_BHVM[0])
+    np.testing.assert_allclose(np.linalg.norm(S_HVM, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.sum(S_HVM * U_HVM, axis=1), 0, atol=1e-6)
+    assert state.memory.place_B == 11 and np.abs(U_HVM).max() > 0.1
 
 
 def test_begins_with_slots_uniform_on_the_sphere():
@@ -93,6 +114,7 @@ def test_bad_fields_are_named():
         "width: expected a positive multiple of heads = 4": {"width": 6},
         "slots: expected an integer >= 1, got 0": {"width": 8, "slots": 0},
         "value_dim: expected an integer >= 2": {"width": 8, "value_dim": 1},
+        "chunk: expected an integer >= 1, got 0": {"width": 8, "chunk": 0},
         "conv_width: expected an integer >= 1, got 0": {"width": 8, "conv_width": 0},
     }.items():
         with pytest.raises(ValueError, match=match):
