@@ -29,7 +29,7 @@ from jax import lax
 from memzoo import contract, ops
 from memzoo.ops.checks import check_impl
 from memzoo.ops.initial import within
-from memzoo.ops.memory_chunk import cut, mark
+from memzoo.ops.memory_anchors import cut, mark
 from memzoo.ops.rotary import places
 
 

@@ -127,20 +127,24 @@ def squashed(S):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "none"])
 @pytest.mark.parametrize(
     "rule",
     [
-        pytest.param(Rule(window=WINDOW), id="linear"),
+        pytest.param(Rule(), id="token"),
+        pytest.param(Rule(window=WINDOW), id="window"),
         pytest.param(Rule(direction=squashed, window=2), id="direction"),
         pytest.param(Rule(weights=jnp.tanh), id="weights"),
     ],
 )
-def test_forms_agree_in_state_and_gradients(rule):
+def test_forms_agree_in_state_and_gradients(rule, momentum):
+    p = problem()
+    p = p if momentum else p._replace(gates=p.gates._replace(eta_BTH=None))
     with jax.enable_x64(True):
-        want = everything(problem(), resets(), "scan", rule)
-        assert_close(everything(problem(), resets(), "chunk", rule), want)
-        free = everything(problem(), None, "chunk", rule)
-        assert_close(free, everything(problem(), np.zeros((B, T), bool), "scan", rule))
+        want = everything(p, resets(), "scan", rule)
+        assert_close(everything(p, resets(), "chunk", rule), want)
+        free = everything(p, None, "chunk", rule)
+        assert_close(free, everything(p, np.zeros((B, T), bool), "scan", rule))
 
 
 @pytest.mark.long
