@@ -3,7 +3,9 @@
     python experiments/memory_speed.py
 
 Every row times one layer, forward and backward, token by token (chunk = 1, its definition) and by chunks of which all
-gradients are taken at once, in turn, and prints medians, and how many times as fast the chunks are. Chunks of another
+gradients are taken at once, in turn, and prints medians, and how many times as fast the chunks are. `matrix` and
+`network` are `ops.memorize` by itself, without a layer's projections, convolutions and norms, which take the same time
+however long chunks are: a memory of one matrix and of two, with momentum and decay. Chunks of another
 size are another function: what a memory learns of a token is taken where its chunk began. `bytes` is the compiled
 program's temporary memory. What wants more than --memory-limit is left out.
 
@@ -21,6 +23,7 @@ Dims: B batch, T time, D width.
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,15 +38,18 @@ from op_speed import compile_all, time_all
 from tqdm import tqdm
 
 import memzoo
-from memzoo import checkpoint, contract, host
+from memzoo import checkpoint, contract, host, ops
+from memzoo.ops.initial import lecun
+from memzoo.ops.memory import half_square, mlp
 
-NAMES = memzoo.names("test-time memory")
+MATRICES = {"matrix": 1, "network": 2}  # of a memory that is timed by itself
+NAMES = (*MATRICES, *memzoo.names("test-time memory"))
 
 
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("runs/memory_speed")  # a new directory
-    names: tuple[str, ...] = ("ttt_linear", "titans", "omega_net")
+    names: tuple[str, ...] = ("network", "titans", "ttt_linear", "lattice")
     chunks: tuple[int, ...] = (1, 16, 64)
     lengths: tuple[int, ...] = (1024, 4096)
     width: int = 128
@@ -53,14 +59,37 @@ class Config:
     memory_limit: float = 12.0  # GB of temporary memory
 
 
-def measure(config: Config, name: str, T: int) -> list[dict[str, Any]]:
+def layer(config: Config, name: str, T: int) -> tuple[Callable, tuple]:
+    """(chunk, parameters, input) -> y, and the last two."""
     x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((config.batch, T, config.width)), jnp.float32)
-    layers = {chunk: memzoo.make(name, width=config.width, heads=config.heads, chunk=chunk) for chunk in config.chunks}
-    params = jax.jit(layers[config.chunks[0]].init)(jax.random.key(0), x_BTD[:, :1])
-    loss = lambda layer, params, x_BTD: jnp.sum(layer.apply(params, x_BTD)[0] ** 2)
-    programs = {str(chunk): jax.grad(partial(loss, layer), argnums=(0, 1)) for chunk, layer in layers.items()}
-    compiled, wanted = compile_all(programs, (params, x_BTD), config.memory_limit)
-    seconds = time_all(compiled, (params, x_BTD), config.repeats)
+    make = lambda chunk: memzoo.make(name, width=config.width, heads=config.heads, chunk=chunk)
+    params = jax.jit(make(config.chunks[0]).init)(jax.random.key(0), x_BTD[:, :1])
+    return lambda chunk, params, x_BTD: make(chunk).apply(params, x_BTD)[0], (params, x_BTD)
+
+
+def alone(config: Config, name: str, T: int) -> tuple[Callable, tuple]:
+    """(chunk, weights, the rest) -> y of a memory by itself, and the last two."""
+    H, K, keys = config.heads, config.width // config.heads, jax.random.split(jax.random.key(0), 5)
+    normal = lambda key, size: jax.random.normal(key, (config.batch, T, H, size))
+    q_BTHK, k_BTHK, v_BTHV = ops.unit(normal(keys[0], K)), ops.unit(normal(keys[1], K)), normal(keys[2], K)
+    theta_BTH, eta_BTH, alpha_BTH = jnp.moveaxis(jax.nn.sigmoid(normal(keys[3], 3)), -1, 0)
+    ends = [K, *[2 * K] * (MATRICES[name] - 1), K]
+    A = {str(n): lecun(keys[4], (H, ends[n + 1], ends[n])) for n in range(MATRICES[name])}
+    learn = partial(ops.memorize, partial(mlp, MATRICES[name]), half_square)
+
+    def run(chunk, A, told):
+        *qkv, gates = told
+        return learn(A, *qkv, gates._replace(theta_BTH=gates.theta_BTH / chunk), chunk=chunk)[0]
+
+    return run, (A, (q_BTHK, k_BTHK, v_BTHV, ops.Gates(theta_BTH, eta_BTH, 0.02 * alpha_BTH)))
+
+
+def measure(config: Config, name: str, T: int) -> list[dict[str, Any]]:
+    run, args = (alone if name in MATRICES else layer)(config, name, T)
+    loss = lambda chunk, *args: jnp.sum(run(chunk, *args) ** 2)
+    programs = {str(chunk): jax.grad(partial(loss, chunk), argnums=(0, 1)) for chunk in config.chunks}
+    compiled, wanted = compile_all(programs, args, config.memory_limit)
+    seconds = time_all(compiled, args, config.repeats)
     rows = []
     for chunk in config.chunks:
         row: dict[str, Any] = {"name": name, "width": config.width, "T": T, "chunk": chunk, "bytes": wanted[str(chunk)]}

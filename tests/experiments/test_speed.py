@@ -104,9 +104,9 @@ def test_newton_speed_refuses_bad_fields_before_anything_is_measured(tmp_path, f
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.long
-def test_memory_speed(tmp_path):
-    config = memory_speed.Config(tmp_path, ("ttt_linear",), (1, 3), (7,), width=6, heads=3, repeats=1)
+@pytest.mark.parametrize("name", ["network", pytest.param("ttt_linear", marks=pytest.mark.long)])
+def test_memory_speed(tmp_path, name):
+    config = memory_speed.Config(tmp_path, (name,), (1, 3), (7,), width=6, heads=3, repeats=1)
     rows = memory_speed.main(config)
     assert rows == [json.loads(line) for line in (tmp_path / "memory_speed.jsonl").read_text().splitlines()]
     assert [row["chunk"] for row in rows] == [1, 3] and (tmp_path / "memory_speed.png").stat().st_size > 1000
