@@ -23,9 +23,9 @@ import jax.numpy as jnp
 
 from memzoo import contract, ops
 from memzoo.ops import rotary
+from memzoo.ops.standard import standard
 
 small = nn.initializers.normal(0.02)
-standard = partial(jax.nn.standardize, axis=-1, epsilon=1e-6)  # of mean 0 and variance 1
 
 
 class State(NamedTuple):
