@@ -5,15 +5,32 @@
 Every row times one layer, forward and backward, token by token (chunk = 1, its definition) and by chunks of which all
 gradients are taken at once, in turn, and prints medians, and how many times as fast the chunks are. `matrix` and
 `network` are `ops.memorize` by itself, without a layer's projections, convolutions and norms, which take the same time
-however long chunks are: a memory of one matrix and of two, with momentum and decay. Chunks of another
-size are another function: what a memory learns of a token is taken where its chunk began. `bytes` is the compiled
-program's temporary memory. What wants more than --memory-limit is left out.
+however long chunks are: a memory of one matrix and of two, with momentum and decay. Chunks of another size are another
+function: what a memory learns of a token is taken where its chunk began. `bytes` is the compiled program's temporary
+memory. What wants more than --memory-limit is left out.
 
-Expect on two CPU cores, at 4,096 tokens: titans with chunks of 16 and 64 3.3 and 4.7 times as fast as token by token
-with 4 heads, 7.2 and 13 with one (`--heads 1`), in a tenth or less of the memory; ttt_linear 2.1 and 2.5, 4.6 and 5.8.
-Where matrices are small, what a chunk costs is its many small operations. From 1,024 to 16,384 tokens, `--chunks 16
---repeats 6`, time per token grows by 1.11 (titans), 1.10 (ttt_mlp), 0.65 (dot). The first calls of a program that wants
-gigabytes may take ten times as long, until the system has given it the pages: more repeats leave them out.
+Expect on two CPU cores, at 4,096 tokens, chunks of 16 and of 64 so many times as fast as token by token, in a tenth or
+less of the memory:
+
+              --heads 1     --heads 4
+    network    10    19     4.7   6.5
+    matrix     8.5   14     3.5   3.3
+    titans     8.7   14     3.2   4.9
+    ttt_mlp     13   19     4.9   5.4
+    yaad       8.5   10     3.0   3.2
+    ttt_linear 4.7  6.0     2.0   2.5
+    lattice    4.3  5.5     2.9   3.6
+    moneta                  2.6   2.6
+    memora                  1.6   1.6
+
+(--repeats 3, and 9 for network and titans with four heads.) Where matrices are small, what a chunk costs is its many
+small operations, and a layer's projections. Weights that are no linear function of what is learned (those of moneta and
+memora, and the directions of atlas) are made for each token by either form.
+
+From 1,024 to 16,384 tokens (`--chunks 16 --lengths 1024 16384 --repeats 5`), time per token grows by 1.07 (lattice),
+1.03 (memora), 0.99 (moneta), 0.93 (yaad), 0.77 (ttt_linear), 0.69 (titans), and with `--width 32` by 1.19 (atlas),
+1.03 (dot), 0.96 (omega_net). The first calls of a program that wants gigabytes may take ten times as long, until the
+system has given it the pages: more repeats leave them out.
 
 `--out` holds memory_speed.jsonl and memory_speed.png.
 
