@@ -127,19 +127,22 @@ def squashed(S):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "none"])
 @pytest.mark.parametrize(
-    "rule",
+    ("rule", "without"),
     [
-        pytest.param(Rule(), id="token"),
-        pytest.param(Rule(window=WINDOW), id="window"),
-        pytest.param(Rule(direction=squashed, window=2), id="direction"),
-        pytest.param(Rule(weights=jnp.tanh), id="weights"),
+        pytest.param(Rule(window=WINDOW), (), id="window"),
+        pytest.param(Rule(direction=squashed, window=2), (), id="direction"),
+        pytest.param(Rule(weights=jnp.tanh), (), id="weights"),
+        pytest.param(Rule(window=WINDOW), ("eta_BTH",), id="window, no momentum"),
+        pytest.param(Rule(), ("eta_BTH",), id="no momentum"),
+        pytest.param(Rule(), ("eta_BTH", "alpha_BTH", "rate_BTH", "gamma_BTH"), id="step alone"),
+        pytest.param(Rule(weights=jnp.tanh), ("eta_BTH",), id="weights, no momentum"),
+        pytest.param(Rule(weights=jnp.tanh), ("eta_BTH", "alpha_BTH"), id="weights, no decay"),
     ],
 )
-def test_forms_agree_in_state_and_gradients(rule, momentum):
+def test_forms_agree_in_state_and_gradients(rule, without):
     p = problem()
-    p = p if momentum else p._replace(gates=p.gates._replace(eta_BTH=None))
+    p = p._replace(gates=p.gates._replace(**dict.fromkeys(without)))
     with jax.enable_x64(True):
         want = everything(p, resets(), "scan", rule)
         assert_close(everything(p, resets(), "chunk", rule), want)
