@@ -64,7 +64,7 @@ def stack(mixer: str, config: Any, task: Needle, **fields: Any) -> LanguageModel
 
 
 def titans(model: Callable[..., Any], sees: str, config: Any, task: Needle) -> Any:
-    fields = {"heads": config.heads, "memory": {"chunk": config.chunk}, sees: config.reach}
+    fields = {"heads": config.heads, "memory": {"chunk": config.chunk, "step": config.step}, sees: config.reach}
     return model(task.vocab, config.width, config.layers, **fields)
 
 
@@ -94,6 +94,7 @@ class Config:
     heads: int = 4  # of all but mamba2
     reach: int = 64  # of windows and segments
     chunk: int = 16  # of the memories that learn while they read
+    step: float = 0.02  # of those in titans_mac, _mag and _mal, whose loss is not finite for long with 1 / chunk
     begin_length: int = 16  # of the first texts of training
     train_length: int = 256  # of the last
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)  # of the test, beside that of training
