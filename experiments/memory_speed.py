@@ -13,8 +13,8 @@ Expect on two CPU cores, at 4,096 tokens, chunks of 16 and of 64 so many times a
 less of the memory:
 
               --heads 1     --heads 4
-    network    10    19     4.7   6.5
-    matrix     8.5   14     3.5   3.3
+    network    9.5   18     2.8   5.1
+    matrix     9.1   14     3.8   3.6
     titans     8.7   14     3.2   4.9
     ttt_mlp     13   19     4.9   5.4
     yaad       8.5   10     3.0   3.2
@@ -23,9 +23,9 @@ less of the memory:
     moneta                  2.6   2.6
     memora                  1.6   1.6
 
-(--repeats 3, and 9 for network and titans with four heads.) Where matrices are small, what a chunk costs is its many
-small operations, and a layer's projections. Weights that are no linear function of what is learned (those of moneta and
-memora, and the directions of atlas) are made for each token by either form.
+(--repeats 3; 5 for network and matrix, 9 for titans with four heads.) Where matrices are small, what a chunk costs is
+its many small operations, and a layer's projections. Weights that are no linear function of what is learned (those of
+moneta and memora, and the directions of atlas) are made for each token by either form.
 
 From 1,024 to 16,384 tokens (`--chunks 16 --lengths 1024 16384 --repeats 5`), time per token grows by 1.07 (lattice),
 1.03 (memora), 0.99 (moneta), 0.93 (yaad), 0.77 (ttt_linear), 0.69 (titans), and with `--width 32` by 1.19 (atlas),
@@ -94,11 +94,8 @@ def alone(config: Config, name: str, T: int) -> tuple[Callable, tuple]:
     A = {str(n): lecun(keys[4], (H, ends[n + 1], ends[n])) for n in range(MATRICES[name])}
     learn = partial(ops.memorize, partial(mlp, MATRICES[name]), half_square)
 
-    def run(chunk, A, told):
-        *qkv, gates = told
-        return learn(A, *qkv, gates._replace(theta_BTH=gates.theta_BTH / chunk), chunk=chunk)[0]
-
-    return run, (A, (q_BTHK, k_BTHK, v_BTHV, ops.Gates(theta_BTH, eta_BTH, 0.02 * alpha_BTH)))
+    gates = ops.Gates(0.02 * (1 - eta_BTH) * theta_BTH, eta_BTH, 0.02 * alpha_BTH)  # with more, a network overshoots
+    return lambda chunk, A, told: learn(A, *told, chunk=chunk)[0], (A, (q_BTHK, k_BTHK, v_BTHV, gates))
 
 
 def measure(config: Config, name: str, T: int) -> list[dict[str, Any]]:
@@ -106,6 +103,9 @@ def measure(config: Config, name: str, T: int) -> list[dict[str, Any]]:
     loss = lambda chunk, *args: jnp.sum(run(chunk, *args) ** 2)
     programs = {str(chunk): jax.grad(partial(loss, chunk), argnums=(0, 1)) for chunk in config.chunks}
     compiled, wanted = compile_all(programs, args, config.memory_limit)
+    for chunk, program in compiled.items():
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(program(*args))):
+            raise ValueError(f"{name}: expected finite gradients, got others with chunk {chunk}")
     seconds = time_all(compiled, args, config.repeats)
     rows = []
     for chunk in config.chunks:

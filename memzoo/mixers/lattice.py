@@ -76,7 +76,8 @@ def tell(S_VM, U_VM, mine_C, sequence_C, q_CM, k_CM, v_CV, beta_C):
     """All tokens of one head's block that are `mine`, of which S is where their chunk began: (U after them, y_CV).
 
     No slot is formed but at the end. What token t adds to slot i is b_ti (e_t - s_i r_ti), so that lengths come of
-    products of errors, and what is read of what was added, of products of keys and queries.
+    products of errors, and what is read of what was added, of products of keys and queries. Where a chunk adds what is
+    a hundred times as long as slots, and takes it back, these cancel, and float32 reads it to 1e-3.
     """
     t_C, N_VM = jnp.arange(len(q_CM)), S_VM + U_VM
     sees_CC = (t_C[:, None] >= t_C) & mine_C[:, None] & mine_C & (sequence_C[:, None] == sequence_C)
@@ -89,6 +90,8 @@ def tell(S_VM, U_VM, mine_C, sequence_C, q_CM, k_CM, v_CV, beta_C):
     along_CM += (before_CC * (e_CV @ e_CV.T)) @ b_CM - less_M * r_CM * (before_CC @ (b_CM * r_CM))
     new_CM = jnp.sum(e_CV**2, axis=1)[:, None] - less_M * r_CM**2
     square_CM = jnp.sum(N_VM**2, axis=0) + sees_CC @ (2 * b_CM * along_CM + b_CM**2 * new_CM)
+    least_M = jnp.sum(N_VM * S_VM, axis=0) ** 2 / jnp.sum(S_VM**2, axis=0)  # what is along S remains; but for rounding
+    square_CM = jnp.maximum(square_CM, least_M / 2)
 
     q_CM = q_CM * lax.rsqrt(square_CM)
     y_CV = q_CM @ N_VM.T - (q_CM * (sees_CC @ (b_CM * r_CM))) @ S_VM.T + (sees_CC * (q_CM @ b_CM.T)) @ e_CV

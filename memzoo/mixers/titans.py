@@ -8,11 +8,12 @@
 Source: Behrouz, Zhong, Mirrokni, "Titans: Learning to Memorize at Test Time" (2025), arXiv:2501.00663, sec. 3.1 for the
 equations, 3.2 for chunks, 3.3 for persistent memory, 4.4 for convolutions, norms and the output gate.
 Differs: half the square, whose factor is theta's; theta has a bound, since the gradients of a chunk, and what momentum
-keeps of them, add up where keys are alike, and overshoot without end if theta / (1 - eta) is much above 1 / chunk. That
-is for one matrix, whose curvature is 1: that of more grows with their values, so that training may lead to where texts
-longer than those seen are not finite, and a smaller `step` is what helps; heads; the memory reads the persistent tokens
-before all else, and what is left of that is the weights that it begins with: their momentum and their convolution end
-there.
+keeps of them, add up where keys are alike, and overshoot without end if theta / (1 - eta) is much above 1 / chunk;
+heads; the memory reads the persistent tokens before all else, and what is left of that is the weights that it begins
+with: their momentum and their convolution end there.
+
+The bound is that of one matrix, whose curvature is 1. That of more grows with their values, so that training may lead
+to a memory that overshoots on texts longer than those it has seen, up to what is not finite: a smaller `step` helps.
 
 Dims: B batch, T time, D width, H heads, K key, V value, F hidden, N persistent tokens, E = H (2 K + V), W width of the
 convolution, P = W - 1 past tokens, O and I outputs and inputs of a matrix.

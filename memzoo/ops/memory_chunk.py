@@ -1,5 +1,8 @@
 """The chunked form of `memorize`: blocks of as many tokens as a chunk has, one after the other.
 
+memory_sums.py has a block for any rule, memory_rows.py a faster one for rules without momentum and window whose weights
+are not linear, or whose rows forget each by itself.
+
 Dims: B batch, T time, H heads, K key, V what the loss is told, C chunk, N blocks of C tokens, P = window - 1 tokens
 before, E = P + C.
 """

@@ -7,8 +7,8 @@ is among them. Those over long spans are products of those over short ones, and 
 all there is. For two tokens of different halves of a span it is that to the cut times that from the cut, which leaves
 matmuls; pairs of neighbours have theirs. Where `weights` is not linear, the matrices of all tokens are formed.
 
-Dims: C chunk, I and O inputs and outputs of a matrix, R rows of all matrices, or 1, L levels; at each of them
-N = C / X spans of X tokens, and with a level twice as many tokens in each.
+Dims: C chunk, I and O inputs and outputs of a matrix, R rows of all matrices, or 1, N spans of X tokens: a power of 2,
+of which each level has half as many, twice as long.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The chunked form of `memorize`: what all tokens of a chunk do to a memory, and read from it, at once.
+"""The chunked form of `memorize` for any rule: what all tokens of a chunk do to a memory, and read from it, at once.
 
     A_t = sum_z a_tz Z_z        Z: A that came, S that came, A_0, and the gradients, delta_e x_e^T
     A_t q = sum_z a_tz Z_z q    of these last (x_e . q) delta_e: no matrix is formed but at the chunk's end
