@@ -33,11 +33,10 @@ def softmax(A_OI):
 
 def test_is_its_recurrence_written_out():
     """In float64: rows that hardly vary leave float32's definition 1e-5 off."""
-    wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-    mixer = make(chunk=3, step=0.5, **wide)
+    p = jax.tree.map(np.float64, parameters(make()))
     x_1TD = np.random.default_rng(1).normal(size=(1, T, D))
     with jax.enable_x64(True):
-        p = jax.tree.map(np.float64, parameters(mixer))
+        mixer = make(chunk=3, step=0.5, dtype=jnp.float64, param_dtype=jnp.float64)
         y_1TD, _ = jax.jit(mixer.apply)(p, x_1TD)
     weights = lambda A: A.shape[1] ** 0.5 * softmax(A)
     want_TD = written_out(p["params"], x_1TD[0], 3, 0.5, lambda e_K, *_: e_K, weights)
