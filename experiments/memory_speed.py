@@ -25,7 +25,8 @@ less of the memory:
 
 (--repeats 3; 5 for network and matrix, 9 for titans with four heads.) Where matrices are small, what a chunk costs is
 its many small operations, and a layer's projections. Weights that are no linear function of what is learned (those of
-moneta and memora, and the directions of atlas) are made for each token by either form.
+moneta and memora, and the directions of atlas) are made for each token by either form. At 1,024 tokens, with four
+heads, dot is 12 and 19 times as fast, omega_net 7.7 and 14.
 
 From 1,024 to 16,384 tokens (`--chunks 16 --lengths 1024 16384 --repeats 5`), time per token grows by 1.07 (lattice),
 1.03 (memora), 0.99 (moneta), 0.93 (yaad), 0.77 (ttt_linear), 0.69 (titans), and with `--width 32` by 1.19 (atlas),
@@ -73,7 +74,7 @@ class Config:
     heads: int = 4
     batch: int = 1
     repeats: int = 3
-    memory_limit: float = 12.0  # GB of temporary memory
+    memory_limit: float = 8.0  # GB of temporary memory; a program of 9.4 was too much for a machine with 24
 
 
 def layer(config: Config, name: str, T: int) -> tuple[Callable, tuple]:
