@@ -10,7 +10,7 @@ trains on the reference text inside every Python installation and prints a sampl
 
 is nanoGPT's CPU setting (0.83 M parameters, the last 10 % held out), which publishes 1.88 nats per character. Expect
 1.58 with gated_deltanet, over all the held-out text in windows of 64: 155 s on two CPU cores; 1.57 with `--mixer
-titans`. With `--layers 2` 1.618 and 1.621, which takes 1.5 times as long.
+titans`. With `--layers 2` 1.618, and 1.621 with titans in 1.5 times as long.
 
 Other mixers, as a pattern over the layers: `--mixer gated_deltanet,gated_deltanet,attention`. On a GPU or TPU the same
 with larger flags, as `--width 512 --layers 8 --window 1024 --batch 64 --dtype bfloat16`.

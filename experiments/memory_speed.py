@@ -35,7 +35,7 @@ system has given it the pages: more repeats leave them out.
 
 `--out` holds memory_speed.jsonl and memory_speed.png.
 
-Dims: B batch, T time, D width.
+Dims: B batch, T time, D width, H heads, K key, V value.
 """
 
 import json

@@ -86,11 +86,12 @@ def tell(S_VM, U_VM, mine_C, sequence_C, q_CM, k_CM, v_CV, beta_C):
     e_CV, b_CM = v_CV - k_CM @ S_VM.T, beta_C[:, None] * k_CM
     r_CM = e_CV @ S_VM
     less_M = 2 - jnp.sum(S_VM**2, axis=0)  # 1, where slots have length 1: states may come from anywhere
-    along_CM = e_CV @ N_VM - jnp.sum(N_VM * S_VM, axis=0) * r_CM  # what is new, along what has been reached
+    NS_M = jnp.sum(N_VM * S_VM, axis=0)
+    along_CM = e_CV @ N_VM - NS_M * r_CM  # what is new, along what has been reached
     along_CM += (before_CC * (e_CV @ e_CV.T)) @ b_CM - less_M * r_CM * (before_CC @ (b_CM * r_CM))
     new_CM = jnp.sum(e_CV**2, axis=1)[:, None] - less_M * r_CM**2
     square_CM = jnp.sum(N_VM**2, axis=0) + sees_CC @ (2 * b_CM * along_CM + b_CM**2 * new_CM)
-    least_M = jnp.sum(N_VM * S_VM, axis=0) ** 2 / jnp.sum(S_VM**2, axis=0)  # what is along S remains; but for rounding
+    least_M = NS_M**2 / jnp.sum(S_VM**2, axis=0)  # what is along S stays, but for rounding
     square_CM = jnp.maximum(square_CM, least_M / 2)
 
     q_CM = q_CM * lax.rsqrt(square_CM)

@@ -5,7 +5,8 @@
 A decay is a number for each row: the product of what is kept, 1 - alpha, of the tokens after z up to t; 0 where a reset
 is among them. Those over long spans are products of those over short ones, and never quotients, so that rows may forget
 all there is. For two tokens of different halves of a span it is that to the cut times that from the cut, which leaves
-matmuls; pairs of neighbours have theirs. Where `weights` is not linear, the matrices of all tokens are formed.
+matmuls; pairs of neighbours have theirs. (memzoo/ops/chunks.py does the same to decays per key, which it has as
+logarithms, and these cannot be -inf there.) Where `weights` is not linear, the matrices of all tokens are formed.
 
 Dims: C chunk, I and O inputs and outputs of a matrix, R rows of all matrices, or 1, N spans of X tokens: a power of 2,
 of which each level has half as many, twice as long.
@@ -106,13 +107,11 @@ def chunk_by_rows(memory, objective, rule, several, A0, fixed, carry, q_CK, k_CK
 
     if rule.weights is None:
         _, begin_CR, d, w_C = do
-        since = rows(d.since_CR, A)
         fresh = None if several is None else rows(reads(one_C1, one_C1, begin_CR, d), A)
-        of = {n: d._replace(pairs_NXXR=p, halves=h) for n, (p, h) in _of_rows(d, A).items()}
 
         def apply(name, x_CI):
-            delta_CO, z_CI = known[name]
-            y_CO = since[name] * (x_CI @ A[name].T) - reads(x_CI, z_CI, w_C[:, None] * delta_CO, of[name])
+            (delta_CO, z_CI), own = known[name], jax.tree.map(lambda x: rows(x, A)[name], d)
+            y_CO = own.since_CR * (x_CI @ A[name].T) - reads(x_CI, z_CI, w_C[:, None] * delta_CO, own)
             return y_CO if fresh is None else y_CO + fresh[name] * (x_CI @ A0[name].T)
 
         y_CV = memory(apply, q_CK, fixed)
@@ -121,12 +120,6 @@ def chunk_by_rows(memory, objective, rule, several, A0, fixed, carry, q_CK, k_CK
         one_by_one = jax.default_backend() == "cpu"  # whose caches have no room for more
         A, y_CV = formed(memory, rule, fixed, A, A0, known, q_CK, do, one_by_one)
     return (A, S, {n: anchor_now[n] for n in anchor}), y_CV
-
-
-def _of_rows(d, A):
-    split = lambda x: rows(x, A)
-    pairs, halves = split(d.pairs_NXXR), [tuple(map(split, both)) for both in d.halves]
-    return {n: (pairs[n], [(late[n], early[n]) for late, early in halves]) for n in A}
 
 
 def formed(memory, rule, fixed, A, A0, known, q_CK, do, one_by_one):

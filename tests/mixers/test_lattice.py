@@ -102,6 +102,17 @@ def test_slots_of_a_chunk_have_length_1_and_what_it_adds_is_orthogonal_to_them()
     assert state.memory.place_B == 11 and np.abs(U_HVM).max() > 0.1
 
 
+def test_by_chunks_what_is_added_and_taken_back_leaves_slots_of_length_1():
+    """Lengths are then differences of large numbers, in which rounding must not be read as a length of 0 or less."""
+    C, rng = 16, np.random.default_rng(4)
+    S_VM, q_CM, k_CM, v_CV = sphere(rng.normal(size=(V, M))), *(rng.normal(size=(C, n)) for n in (M, M, V))
+    k_CM[1::2], v_CV = -k_CM[::2], 1e4 * np.repeat(v_CV[::2], 2, axis=0)
+    every, no = np.ones(C, bool), np.zeros(C, int)
+    told = (np.float32(x) for x in (q_CM, k_CM, v_CV, np.full(C, 0.5)))
+    U_VM, y_CV = jax.jit(lattice.tell)(np.float32(S_VM), np.zeros((V, M), "float32"), every, no, *told)
+    assert np.isfinite(U_VM).all() and np.isfinite(y_CV).all()
+
+
 def test_begins_with_slots_uniform_on_the_sphere():
     S_HVM = np.asarray(lattice.on_spheres(jax.random.key(0), (4, 16, 64)))
     np.testing.assert_allclose(np.linalg.norm(S_HVM, axis=1), 1, atol=1e-6)

@@ -1,6 +1,6 @@
 """Rows that forget each by itself: reads of a chunk as sums over pairs, and its matrices one by one or all together.
 
-Dims: C chunk, I inputs, O outputs, K key.
+Dims: C chunk, I inputs, O outputs.
 """
 
 import jax
