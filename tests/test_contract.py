@@ -104,15 +104,30 @@ def forms(*but):
 
 EACH = [pytest.param(name, marks=[pytest.mark.long] if name in SLOW else []) for name in NAMES]
 FORMS = forms()
-FASTER = forms("scan")
-PIECES = [
-    pytest.param(*form.values, marks=[pytest.mark.long] if form.values[1] != "scan" else form.marks) for form in FORMS
-]
+FASTER = forms("scan", "associative")
+# A form that agrees with the definition, in its last state and the gradient of its first, goes in pieces as that does:
+# by default that is what holds for the others. Trees have no chunks inside, and kernels are cut in their own tests.
+PIECES = forms("chunk", "conv", "newton", "associative", "pallas")
+PIECES += [pytest.param(*form.values, marks=[pytest.mark.long]) for form in forms("scan", "associative", "pallas")]
+
+
+def precision(impl):
+    """In which a form is held to the laws. Trees of products compile slowest: they are in the one where they agree to
+    1e-10, and in float32 each op's own tests have them.
+    """
+    return np.float64 if impl == "associative" else np.float32
 
 
 @pytest.fixture(autouse=True)
 def kernels_interpreted():
     with memzoo_kernels.interpreted("tpu"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def in_its_precision(request):
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    with jax.enable_x64(precision(parameters.get("impl")) == np.float64):
         yield
 
 
@@ -295,8 +310,6 @@ def test_forms_agree_in_float64(name, impl):
         assert_close(got, want, 1e-10)
 
 
-# A form that agrees with the definition, in its last state and the gradient of its first, goes in pieces as that does:
-# by default that is what holds for the others, for time.
 @pytest.mark.parametrize(("name", "impl"), PIECES)
 def test_pieces_equal_the_whole(name, impl):
     arguments = setup(name)
@@ -304,27 +317,27 @@ def test_pieces_equal_the_whole(name, impl):
     assert_close(in_pieces(name, impl, cuts)(*arguments), whole(name, impl)(*arguments), 1e-5)
 
 
-@pytest.mark.parametrize(("name", "impl"), FORMS)
+@pytest.mark.parametrize(("name", "impl"), forms("pallas"))  # which is interpreted, and agrees with the definition
 def test_a_reset_begins_a_new_sequence(name, impl):
     """Each stretch between resets comes out as it does alone, at the head of a call without state or resets."""
-    params, x, state, reset, weights = setup(name)
-    run = whole(name, impl)
+    params, x, state, reset, weights = setup(name, precision(impl))
+    run = whole(name, impl, precision(impl))
     _, (y, _) = run(params, x, state, reset, weights)
     for row in range(B):
         starts = [t for t in range(T) if reset[row, t]]
         for start, end in zip(starts, [*starts[1:], T], strict=True):
             alone = np.roll(x, -start, axis=1)
-            _, (y_alone, _) = run(params, alone, fresh(name), np.zeros_like(reset), weights)
+            _, (y_alone, _) = run(params, alone, fresh(name, precision(impl)), np.zeros_like(reset), weights)
             assert largest(y[row, start:end] - y_alone[row, : end - start]) < 1e-5 * largest(y), (row, start)
 
 
 @pytest.mark.parametrize(("name", "impl"), FORMS)
 def test_nothing_crosses_a_reset(name, impl):
     """Neither outputs nor the final state nor any gradient know what was before: other tokens, another state, NaN."""
-    params, x, state, _, weights = setup(name)
-    run = whole(name, impl)
+    params, x, state, _, weights = setup(name, precision(impl))
+    run = whole(name, impl, precision(impl))
     broken = jax.tree.map(lambda s: np.full_like(s, np.nan if real(s) else 5), state)
-    clean = run(params, x, fresh(name), reset_at(0), weights)
+    clean = run(params, x, fresh(name, precision(impl)), reset_at(0), weights)
     dirty = run(params, x, broken, reset_at(0), weights)
     assert all_finite(dirty)
     assert_close(dirty, clean, 1e-6)
@@ -345,18 +358,18 @@ def test_nothing_crosses_a_reset(name, impl):
 
 @pytest.mark.parametrize(("name", "impl"), forms("chunk", "conv", "newton", "pallas"))
 def test_inf_does_not_reach_the_next_sequence(name, impl):
-    params, x, state, _, weights = setup(name)
+    params, x, state, _, weights = setup(name, precision(impl))
     infinite = x.copy()
     infinite[:, 10] = np.inf
-    _, (y, last) = whole(name, impl)(params, infinite, state, reset_at(33), weights)
+    _, (y, last) = whole(name, impl, precision(impl))(params, infinite, state, reset_at(33), weights)
     assert not np.isfinite(y[:, 10:33]).all(), "the test itself"
     assert np.isfinite(y[:, 33:]).all() and all_finite(last)
 
 
-@pytest.mark.parametrize(("name", "impl"), FORMS)
+@pytest.mark.parametrize(("name", "impl"), forms("pallas"))  # which is interpreted, and agrees with the definition
 def test_causal_and_rows_apart(name, impl):
-    params, x, state, reset, weights = setup(name)
-    run = whole(name, impl)
+    params, x, state, reset, weights = setup(name, precision(impl))
+    run = whole(name, impl, precision(impl))
     _, (y, last) = run(params, x, state, reset, weights)
     for t in (1, 20, 64, T - 1):
         _, (future, _) = run(params, since(x, t, lambda x: x + 1), state, reset, weights)
