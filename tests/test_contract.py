@@ -90,32 +90,39 @@ FIELDS = {
     "onion_esn": {"units": 15, "rings": 3, "leak": 0.6, "bias_scale": 0.5},
 }
 NAMES = memzoo.names()
-# Trees of products compile slowest, newton after them, and kernels are interpreted: they are left to the long tests, as
-# each op tests them by default. So are the architectures that take longest: memories that learn while they read, all
-# upon one op, and four more.
-SLOW = ("associative", "newton", "pallas", "delta_product", "hax", "kda", "rwkv7")
-SLOW += ("ttt_linear", "ttt_mlp", "titans", "moneta", "yaad", "memora", "omega_net", "atlas", "dot")
+# What takes longest to compile is left to the long tests: newton and kernels, which are interpreted, as each op tests
+# them by default, and these architectures: memories that learn while they read, all upon one op, and four more.
+SLOW = ("delta_product", "hax", "kda", "rwkv7", "ttt_linear", "ttt_mlp", "titans", "moneta", "yaad", "memora")
+SLOW += ("omega_net", "atlas", "dot")
+
+
+def marked(*values, long):
+    return pytest.param(*values, marks=[pytest.mark.long] if long or values[0] in SLOW else [])
 
 
 def forms(*but):
-    every = [(name, impl) for name in NAMES for impl in memzoo.card(name).forms if impl not in but]
-    return [pytest.param(*form, marks=[pytest.mark.long] if {*form} & {*SLOW} else []) for form in every]
+    """(name, impl, of): what a form is held to, and in which precision; see `precision`.
 
-
-EACH = [pytest.param(name, marks=[pytest.mark.long] if name in SLOW else []) for name in NAMES]
-FORMS = forms()
-FASTER = forms("scan", "associative")
-# A form that agrees with the definition, in its last state and the gradient of its first, goes in pieces as that does:
-# by default that is what holds for the others. Trees have no chunks inside, and kernels are cut in their own tests.
-PIECES = forms("chunk", "conv", "newton", "associative", "pallas")
-PIECES += [pytest.param(*form.values, marks=[pytest.mark.long]) for form in forms("scan", "associative", "pallas")]
-
-
-def precision(impl):
-    """In which a form is held to the laws. Trees of products compile slowest: they are in the one where they agree to
-    1e-10, and in float32 each op's own tests have them.
+    Compiling gradients is most of what all of this takes. By default the definition has them, and of the others the
+    values are compared; in the long tests all have them, in float64.
     """
-    return np.float64 if impl == "associative" else np.float32
+    every = []
+    for name in NAMES:
+        for impl in memzoo.card(name).forms:
+            long = impl in ("newton", "pallas")
+            if impl not in ("scan", "associative", "pallas"):
+                every.append(marked(name, impl, "values", long=long))
+            every.append(marked(name, impl, "gradients", long=long or impl != "scan"))
+    return [form for form in every if not {*form.values} & {*but}]
+
+
+EACH = [marked(name, long=False) for name in NAMES]
+FORMS, FASTER = forms(), forms("scan")
+
+
+def precision(impl, of):
+    """float64 proves gradients, to 1e-10; float32 is for values, for the definition's gradients, and for kernels."""
+    return np.float64 if of == "gradients" and impl not in ("scan", "pallas") else np.float32
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +133,8 @@ def kernels_interpreted():
 
 @pytest.fixture(autouse=True)
 def in_its_precision(request):
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    with jax.enable_x64(precision(parameters.get("impl")) == np.float64):
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    with jax.enable_x64("impl" in given and precision(given["impl"], given["of"]) == np.float64):
         yield
 
 
@@ -139,9 +146,14 @@ def make(name, impl="auto", dtype=jnp.float32, param_dtype=None):
 def setup(name, dtype=np.float32):
     """Parameters, input, the state that another sequence left, resets, and weights that make a loss of all outputs.
 
-    In NumPy, as is all that is compared: each operation of JAX outside of a jitted function compiles a program.
+    In NumPy, as is all that is compared: each operation of JAX outside of a jitted function compiles a program. In
+    float64 they are the same numbers.
     """
-    mixer = make(name, memzoo.card(name).forms[0], dtype)
+    if dtype == np.float64:
+        with jax.enable_x64(False):
+            return jax.tree.map(lambda a: a.astype(wide(a.dtype)), setup(name))
+    definition = memzoo.card(name).forms[0]
+    mixer = make(name, definition)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((B, T, D)).astype(dtype)
     params = jax.jit(mixer.init)(jax.random.key(0), x[:, :1])
@@ -151,11 +163,14 @@ def setup(name, dtype=np.float32):
     reset = np.zeros((B, T), bool)
     reset[0, [0, 20, 21]] = reset[1, [3, CUTS[2], T - 1]] = True
     normal = lambda s: rng.standard_normal(s.shape) + (1j * rng.standard_normal(s.shape) if np.iscomplexobj(s) else 0)
-    weights = jax.tree.map(lambda s: normal(s).astype(s.dtype), (x, fresh(name, dtype)))
-    definition = memzoo.card(name).forms[0]
-    other = params, 0.7 * x[::-1, ::-1], fresh(name, dtype), np.zeros_like(reset), weights
-    _, (_, state) = whole(name, definition, dtype)(*other)
+    weights = jax.tree.map(lambda s: normal(s).astype(s.dtype), (x, fresh(name)))
+    other = params, 0.7 * x[::-1, ::-1], fresh(name), np.zeros_like(reset), weights
+    _, (_, state) = whole(name, definition)(*other)
     return params, x, state, reset, weights
+
+
+def wide(dtype):
+    return {"float32": "float64", "complex64": "complex128"}.get(dtype.name, dtype)
 
 
 @functools.cache
@@ -192,28 +207,35 @@ def gradients(name, impl, dtype=np.float32):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True))
 
 
+def values(name, impl, dtype=np.float32):
+    """The same without the gradients: None instead, and the outputs."""
+    mixer = make(name, impl, dtype)
+    return jax.jit(lambda params, x, state, reset, weights: (None, mixer.apply(params, x, state, reset)))
+
+
 @functools.lru_cache(maxsize=1)  # of the architecture at hand alone: programs take memory
 def programs(name):
     return {}
 
 
-def whole(name, impl, dtype=np.float32):
-    """The same, compiled for T tokens. Programs of one text are one: 'auto' is one of the others."""
+def whole(name, impl, dtype=np.float32, of="gradients"):
+    """`gradients` or `values`, compiled for T tokens. Programs of one text are one: 'auto' is one of the others."""
     known = programs(name)
 
     def run(*arguments):
-        if (impl, dtype) not in known:
-            lowered = gradients(name, impl, dtype).lower(*arguments)
+        if (impl, dtype, of) not in known:
+            function = gradients if of == "gradients" else values
+            lowered = function(name, impl, dtype).lower(*arguments)
             text = lowered.as_text()
             known[text] = known.get(text) or lowered.compile()
-            known[impl, dtype] = known[text]
-        return in_numpy(known[impl, dtype](*arguments))
+            known[impl, dtype, of] = known[text]
+        return in_numpy(known[impl, dtype, of](*arguments))
 
     return run
 
 
 def in_pieces(name, impl, cuts):
-    """The same in several calls: the state carried from one to the next, its gradient from one to the one before."""
+    """`gradients` in several calls: the state goes from one to the next, its gradient from one to the one before."""
     run = programs(name).setdefault(impl, gradients(name, impl))
 
     def of_pieces(params, x, state, reset, weights):
@@ -269,86 +291,103 @@ def since(x, t, change):
 @pytest.mark.parametrize("name", EACH)
 def test_shapes_and_dtypes(name):
     params, x, state, reset, weights = setup(name)
-    found, (y, last) = whole(name, "auto")(params, x, state, reset, weights)
+    _, (y, last) = whole(name, "auto", of="values")(params, x, state, reset, weights)
     assert y.shape == x.shape and y.dtype == x.dtype
-    assert all_finite((found, y, last))
+    assert all_finite((y, last))
     want = make(name).initial_state(B)
     assert jax.tree.structure(last) == jax.tree.structure(want)
     for got, expected in zip(jax.tree.leaves(last), jax.tree.leaves(want), strict=True):
         assert got.shape == expected.shape and got.dtype == expected.dtype
         assert got.shape[0] == B, "state is batch first"
         assert got.dtype in (jnp.float32, jnp.complex64, jnp.int32)
+    half = make(name, dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    y_half, last_half = jax.eval_shape(half.apply, params, x.astype(jnp.bfloat16), fresh(name), reset)
+    assert y_half.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda s: s.dtype, last_half) == jax.tree.map(lambda s: s.dtype, want)
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_no_state_is_the_initial_state(name):
-    """Without state and resets, which has paths of its own, and of fewer tokens than a chunk: as token by token."""
+    """Without state and resets, which has paths of its own, and of fewer tokens than a chunk; then one more token."""
     params, x, _, reset, weights = setup(name)
     few = CUTS[1]
-    got = in_numpy(jax.jit(make(name).apply)(params, x[:, :few]))
-    by_token = in_pieces(name, memzoo.card(name).forms[0], range(few + 1))
+    apply = jax.jit(make(name).apply)
+    y, state = in_numpy(apply(params, x[:, :few]))
+    next_y, state = in_numpy(apply(params, x[:, few : few + 1], state))
+    by_token = in_pieces(name, memzoo.card(name).forms[0], range(few + 2))
     _, want = by_token(params, x, fresh(name), np.zeros_like(reset), weights)
-    assert_close(got, want, 1e-5)
+    assert_close((np.concatenate([y, next_y], axis=1), state), want, 1e-5)
 
 
-@pytest.mark.parametrize(("name", "impl"), FASTER)
-def test_forms_agree(name, impl):
-    arguments = setup(name)
-    definition = memzoo.card(name).forms[0]
-    assert_close(whole(name, impl)(*arguments), whole(name, definition)(*arguments), 1e-5)
+@pytest.mark.parametrize(("name", "impl", "of"), FASTER)
+def test_forms_agree(name, impl, of):
+    dtype, definition = precision(impl, of), memzoo.card(name).forms[0]
+    arguments = setup(name, dtype)
+    got, want = (whole(name, form, dtype, as_of)(*arguments) for form, as_of in ((impl, of), (definition, "gradients")))
+    if of == "values":
+        got, want = got[1], want[1]
+    assert_close(got, want, 1e-10 if dtype == np.float64 else 1e-5)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "impl"), forms("scan", "pallas"))  # no kernel is in float64
-def test_forms_agree_in_float64(name, impl):
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_is_float64(name):
+    """Of parameters, outputs and state; and the definition is in float32 what it is in float64, gradients too."""
     with jax.enable_x64(True):
-        arguments = setup(name, np.float64)
+        mixer, (params, x, *_) = make(name, dtype=np.float64), setup(name, np.float64)
+        drawn = jax.eval_shape(mixer.init, jax.random.key(0), x[:, :1])
+        assert jax.tree.map(lambda p: (p.shape, p.dtype), drawn) == jax.tree.map(lambda p: (p.shape, p.dtype), params)
         definition = memzoo.card(name).forms[0]
-        got, want = (whole(name, form, np.float64)(*arguments) for form in (impl, definition))
-        assert got[1][0].dtype == np.float64
-        assert all(leaf.dtype in (np.float64, np.complex128, np.int32) for leaf in jax.tree.leaves(got[1][1]))
-        assert_close(got, want, 1e-10)
+        want = whole(name, definition, np.float64)(*setup(name, np.float64))
+        assert all(leaf.dtype in (np.float64, np.complex128, np.int32) for leaf in jax.tree.leaves(want[1]))
+    got = whole(name, definition)(*setup(name))
+    assert_close(jax.tree.map(lambda a: a.astype(wide(a.dtype)), got), want, 1e-3)
 
 
-@pytest.mark.parametrize(("name", "impl"), PIECES)
-def test_pieces_equal_the_whole(name, impl):
-    arguments = setup(name)
-    cuts = range(T + 1) if impl == "scan" else CUTS
-    assert_close(in_pieces(name, impl, cuts)(*arguments), whole(name, impl)(*arguments), 1e-5)
+@pytest.mark.parametrize("name", EACH)
+def test_pieces_equal_the_whole(name):
+    """Token by token. A form that agrees, in its last state and the gradient of its first, goes in pieces so, too."""
+    definition = memzoo.card(name).forms[0]
+    got = in_pieces(name, definition, range(T + 1))(*setup(name))
+    assert_close(got, whole(name, definition)(*setup(name)), 1e-5)
 
 
-@pytest.mark.parametrize(("name", "impl"), forms("pallas"))  # which is interpreted, and agrees with the definition
-def test_a_reset_begins_a_new_sequence(name, impl):
+@pytest.mark.parametrize(("name", "impl", "of"), forms("pallas"))  # which is interpreted, and agrees as it is
+def test_a_reset_begins_a_new_sequence(name, impl, of):
     """Each stretch between resets comes out as it does alone, at the head of a call without state or resets."""
-    params, x, state, reset, weights = setup(name, precision(impl))
-    run = whole(name, impl, precision(impl))
+    dtype = precision(impl, of)
+    params, x, state, reset, weights = setup(name, dtype)
+    run = whole(name, impl, dtype, of)
     _, (y, _) = run(params, x, state, reset, weights)
     for row in range(B):
         starts = [t for t in range(T) if reset[row, t]]
         for start, end in zip(starts, [*starts[1:], T], strict=True):
             alone = np.roll(x, -start, axis=1)
-            _, (y_alone, _) = run(params, alone, fresh(name, precision(impl)), np.zeros_like(reset), weights)
+            _, (y_alone, _) = run(params, alone, fresh(name, dtype), np.zeros_like(reset), weights)
             assert largest(y[row, start:end] - y_alone[row, : end - start]) < 1e-5 * largest(y), (row, start)
 
 
-@pytest.mark.parametrize(("name", "impl"), FORMS)
-def test_nothing_crosses_a_reset(name, impl):
+@pytest.mark.parametrize(("name", "impl", "of"), FORMS)
+def test_nothing_crosses_a_reset(name, impl, of):
     """Neither outputs nor the final state nor any gradient know what was before: other tokens, another state, NaN."""
-    params, x, state, _, weights = setup(name, precision(impl))
-    run = whole(name, impl, precision(impl))
+    dtype = precision(impl, of)
+    params, x, state, _, weights = setup(name, dtype)
+    run = whole(name, impl, dtype, of)
     broken = jax.tree.map(lambda s: np.full_like(s, np.nan if real(s) else 5), state)
-    clean = run(params, x, fresh(name, precision(impl)), reset_at(0), weights)
+    clean = run(params, x, fresh(name, dtype), reset_at(0), weights)
     dirty = run(params, x, broken, reset_at(0), weights)
     assert all_finite(dirty)
     assert_close(dirty, clean, 1e-6)
 
     at = 33
-    late = (weights[0] * (np.arange(T) >= at)[:, None].astype(np.float32), weights[1])
+    late = (weights[0] * (np.arange(T) >= at)[:, None].astype(dtype), weights[1])
     one = run(params, x, state, reset_at(at), late)
     other = np.concatenate([x[:, :at] * 3 + 1, x[:, at:]], axis=1)
     two = run(params, other, jax.tree.map(np.zeros_like, state), reset_at(at), late)
     assert_close(one[1][0][:, at:], two[1][0][:, at:], 1e-6)
     assert_close(one[1][1], two[1][1], 1e-6)
+    if of == "values":
+        return
     assert_close(one[0][0], two[0][0], 1e-5)
     d_x, d_state = one[0][1:]
     rounding = 0 if impl in ("scan", "associative") else 1e-6  # where sums over a whole chunk cancel
@@ -356,20 +395,22 @@ def test_nothing_crosses_a_reset(name, impl):
     assert all(not real(g) or largest(g) <= rounding * largest(d_x) for g in jax.tree.leaves(d_state))
 
 
-@pytest.mark.parametrize(("name", "impl"), forms("chunk", "conv", "newton", "pallas"))
-def test_inf_does_not_reach_the_next_sequence(name, impl):
-    params, x, state, _, weights = setup(name, precision(impl))
+@pytest.mark.parametrize(("name", "impl", "of"), forms("chunk", "conv", "newton", "pallas"))
+def test_inf_does_not_reach_the_next_sequence(name, impl, of):
+    dtype = precision(impl, of)
+    params, x, state, _, weights = setup(name, dtype)
     infinite = x.copy()
     infinite[:, 10] = np.inf
-    _, (y, last) = whole(name, impl, precision(impl))(params, infinite, state, reset_at(33), weights)
+    _, (y, last) = whole(name, impl, dtype, of)(params, infinite, state, reset_at(33), weights)
     assert not np.isfinite(y[:, 10:33]).all(), "the test itself"
     assert np.isfinite(y[:, 33:]).all() and all_finite(last)
 
 
-@pytest.mark.parametrize(("name", "impl"), forms("pallas"))  # which is interpreted, and agrees with the definition
-def test_causal_and_rows_apart(name, impl):
-    params, x, state, reset, weights = setup(name, precision(impl))
-    run = whole(name, impl, precision(impl))
+@pytest.mark.parametrize(("name", "impl", "of"), forms("pallas"))
+def test_causal_and_rows_apart(name, impl, of):
+    dtype = precision(impl, of)
+    params, x, state, reset, weights = setup(name, dtype)
+    run = whole(name, impl, dtype, of)
     _, (y, last) = run(params, x, state, reset, weights)
     for t in (1, 20, 64, T - 1):
         _, (future, _) = run(params, since(x, t, lambda x: x + 1), state, reset, weights)
@@ -385,7 +426,8 @@ def test_causal_and_rows_apart(name, impl):
 @pytest.mark.parametrize("name", EACH)
 def test_every_parameter_and_every_state_matters(name):
     params, x, state, reset, weights = setup(name)
-    found, _ = whole(name, "auto")(params, x, state, np.zeros_like(reset), weights)
+    found, _ = whole(name, memzoo.card(name).forms[0])(params, x, state, np.zeros_like(reset), weights)
+    assert all_finite(found)
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         assert not real(leaf) or np.any(leaf != 0) != fixed(path), jax.tree_util.keystr(path)
 
@@ -429,7 +471,9 @@ def test_bfloat16_stays_near_float32(name):
     """Of the same input: what its own rounding does is the function's affair, and not the computation's."""
     params, x, _, reset, weights = setup(name)
     x_half = x.astype(jnp.bfloat16)
-    _, (y, state) = whole(name, "auto")(params, x_half.astype(x.dtype), fresh(name), np.zeros_like(reset), weights)
+    _, (y, state) = whole(name, memzoo.card(name).forms[0])(
+        params, x_half.astype(x.dtype), fresh(name), np.zeros_like(reset), weights
+    )
     half = make(name, dtype=jnp.bfloat16, param_dtype=jnp.float32)
     y_half, state_half = in_numpy(jax.jit(half.apply)(params, x_half, fresh(name)))
     assert y_half.dtype == jnp.bfloat16
@@ -440,8 +484,10 @@ def test_bfloat16_stays_near_float32(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_input_is_named(name):
-    params, x, state, reset, _ = setup(name)
-    call = make(name).apply
+    call, state, reset = make(name).apply, fresh(name), np.zeros((B, T), bool)
+    x = np.zeros((B, T, D), np.float32)
+    shapes = jax.eval_shape(make(name).init, jax.random.key(0), x)  # nothing is computed before it is refused
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with pytest.raises(ValueError, match=r"x_BTD: expected shape \[B, T >= 1, D = 12\], got \[2, 72, 11\]"):
         call(params, x[..., :-1])
     with pytest.raises(ValueError, match=r"x_BTD: .* got \[72, 12\]"):
