@@ -56,8 +56,9 @@ def test_a_card(printed, name):
     assert "Source: " in text and row.title in text and ", ".join(row.forms) in text
 
     mixer = memzoo.make(name, width=24)
-    state = mixer.initial_state(1)
-    assert f"state       {sum(leaf.nbytes for leaf in jax.tree.leaves(state)):,} bytes per sequence at width 24" in text
+    state = jax.tree.leaves(jax.eval_shape(lambda: mixer.initial_state(1)))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    assert f"state       {size:,} bytes per sequence at width 24" in text
     params = jax.eval_shape(mixer.init, jax.random.key(0), jax.numpy.zeros((1, 1, 24)))
     assert f"parameters  {sum(leaf.size for leaf in jax.tree.leaves(params)):,} at width 24" in text
     for field in ("width", "impl = 'auto'", "dtype = float32", "param_dtype = float32"):

@@ -38,6 +38,7 @@ def logits_BZ():
     return 2 * jax.random.normal(jax.random.key(3), (4, Z))
 
 
+@pytest.mark.long
 def test_greedy_is_the_argmax_of_one_teacher_forced_call(model, params, prompt_BT, greedy):
     whole = jnp.concatenate([prompt_BT, greedy.tokens_BS], axis=1)
     logits_BTZ, _ = jax.jit(model.apply)(params, whole)
@@ -46,6 +47,7 @@ def test_greedy_is_the_argmax_of_one_teacher_forced_call(model, params, prompt_B
     assert (greedy.lengths_B == S).all()
 
 
+@pytest.mark.long
 def test_going_on_from_the_state_equals_one_longer_call(model, params, prompt_BT, greedy):
     first = generate(model, params, prompt_BT, 4, KEY, temperature=0)
     for _ in range(2):  # the state is a value: using it once does not use it up
@@ -54,6 +56,7 @@ def test_going_on_from_the_state_equals_one_longer_call(model, params, prompt_BT
     np.testing.assert_allclose(second.state[1].S_BHKV, greedy.state[1].S_BHKV, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_left_padding_equals_separate_prompts(model, params, prompt_BT, greedy):
     rows = [prompt_BT[0], prompt_BT[1, 2:], prompt_BT[2, 4:]]
     tokens_BT, reset_BT = left_pad(rows)
@@ -65,6 +68,7 @@ def test_left_padding_equals_separate_prompts(model, params, prompt_BT, greedy):
         assert (alone.tokens_BS[0] == tokens_S).all()
 
 
+@pytest.mark.long
 def test_a_row_ends_at_its_stop_token(model, params, prompt_BT, greedy):
     free_BS = np.asarray(greedy.tokens_BS)
     stop = int(free_BS[0, 2])
@@ -83,6 +87,7 @@ def test_a_row_ends_at_its_stop_token(model, params, prompt_BT, greedy):
     np.testing.assert_allclose(got.state[1].S_BHKV[0], state[1].S_BHKV[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_nothing_is_computed_after_all_rows_have_ended(model, params, prompt_BT, greedy):
     stop = int(greedy.tokens_BS[0, 0])
     long = generate(model, params, prompt_BT[:1], 10**6, KEY, temperature=0, stop=stop)

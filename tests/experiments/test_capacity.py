@@ -30,6 +30,7 @@ def test_a_run_leaves_what_it_says(tmp_path):
         capacity.main(config)
 
 
+@pytest.mark.long
 def test_the_delta_rule_stores_as_many_pairs_as_keys_have_channels():
     """Read again and again, as many as are linearly independent, and exactly; twice as many it does not."""
     config = replace(TINY, passes=200, counts=2, cosine=0.99)

@@ -76,6 +76,7 @@ def test_fine_tuning_lowers_the_loss(whole):
         assert losses[name, "fine-tuned"] < losses[name, before]
 
 
+@pytest.mark.long
 def test_low_rank_changes_begin_at_0_and_have_their_rank():
     _, theirs = small("attention")
     low = linearize.low_rank(theirs, 2, jax.random.key(1))

@@ -40,6 +40,7 @@ def test_all_its_reservoirs_have_as_many_features():
 
 
 @pytest.mark.parametrize("part", memory_capacity.PARTS)
+@pytest.mark.cases(1)
 def test_a_ring_without_loss_recalls_as_many_tokens_as_it_has_units(part):
     """A shift by one place, and hardly anything besides: delays below its size, and by theory no others.
 

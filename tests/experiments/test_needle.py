@@ -64,6 +64,7 @@ def test_answers_are_read_across_pieces(U, piece, M):
     np.testing.assert_array_equal(needle.answered(read, Echo(), tokens_BU, piece, M), tokens_BU[:, -M - 1 : -1])
 
 
+@pytest.mark.long
 def test_the_models_compared_are_of_about_the_same_size():
     """At the defaults; and windows and segments have the same reach."""
     config = Config()

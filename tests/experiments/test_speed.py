@@ -42,6 +42,7 @@ def test_op_speed_refuses_bad_fields_before_anything_is_measured(tmp_path, field
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_op_speed_leaves_out_what_does_not_fit(tmp_path):
     config = op_speed.Config(tmp_path, ("delta_rule",), ("head",), 1, (1,), (4,), (8,), False, 1, 0.0, ())
     assert all("us_per_token" not in row for row in op_speed.main(config))
@@ -63,6 +64,7 @@ def test_op_speed_of_architectures(tmp_path):
         assert (row["growth"] is None) == (row["T"] == 4)
 
 
+@pytest.mark.long
 def test_decode_speed(tmp_path):
     rows = decode_speed.main(decode_speed.Config(tmp_path, ("gru", "attention"), 8, 2, 3, 9, 5, 1))
     assert [row["name"] for row in rows] == ["gru", "attention"]
@@ -105,6 +107,7 @@ def test_newton_speed_refuses_bad_fields_before_anything_is_measured(tmp_path, f
 
 
 @pytest.mark.parametrize("name", ["network", pytest.param("ttt_linear", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_memory_speed(tmp_path, name):
     config = memory_speed.Config(tmp_path, (name,), (1, 3), (7,), width=6, heads=3, repeats=1)
     rows = memory_speed.main(config)

@@ -83,12 +83,14 @@ def check(chip, decay, dtypes=("float32", "float32"), length=T):
 
 
 @each
+@pytest.mark.cases(1)
 def test_the_kernel_is_the_loop(chip):
     for decay in ("near 1", "zeros"):
         check(chip, decay)
 
 
 @each
+@pytest.mark.cases(1)
 def test_in_bfloat16(chip):
     check(chip, "signs", ("bfloat16", "bfloat16"))
 
@@ -109,6 +111,7 @@ def test_any_length(chip, length):
 
 
 @each
+@pytest.mark.cases(1)
 def test_nothing_crosses_a_reset(chip):
     (a, x, h), reset, cotangents = make("zeros")
     x[:, 5], a[1, 8] = np.inf, np.nan

@@ -16,8 +16,8 @@ B, T, H, K, V = 2, 80, 1, 72, 24  # two chunks, of which one is padded; two bloc
 STRICT = plgpu.InterpretGPUParams(detect_races=True)
 MODULES = {op: importlib.import_module(f"memzoo_kernels.{op}_sm90") for op in ("linear_attention", "delta_rule")}
 NAMES = {"linear_attention": ("q", "k", "v", "log_decay", "S"), "delta_rule": ("q", "k", "v", "beta", "log_decay", "S")}
-KEYS = ("random", "correlated", "identical")
-DECAYS = ("weak", "strong", "mixed", "infinite")
+# Each decay, each kind of keys, and what is hardest of both together: keys that are alike and hardly fade.
+CASES = (("identical", "weak"), ("random", "strong"), ("correlated", "mixed"), ("identical", "infinite"))
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,7 @@ both = pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32), ids=("bfloa
 
 
 @each
+@pytest.mark.cases(1)
 def test_the_kernel_is_the_definition(op):
     check(op, *make(op))
 
@@ -115,13 +116,12 @@ def test_with_a_decay_per_key(op):
 @both
 def test_whatever_the_keys_and_decays(op, per_key, dtype):
     sizes = (H, 24 if per_key and dtype == jnp.float32 else K, V)  # what fits
-    for seed, keys in enumerate(KEYS):
-        for decay in DECAYS:
-            check(op, *make(op, keys, decay, per_key, sizes=sizes, seed=seed), dtype)
+    for seed, (keys, decay) in enumerate(CASES if dtype == jnp.float32 else CASES[:2]):
+        check(op, *make(op, keys, decay, per_key, sizes=sizes, seed=seed), dtype)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("length", (1, 63, 64, 65, 200))
+@pytest.mark.parametrize("length", (1, 65, 200))
 @each
 def test_any_length(op, length):
     check(op, *make(op, length=length), jnp.float32)
@@ -196,6 +196,7 @@ def shapes(op, K=128, V=256, dtype=jnp.bfloat16, heads=2, T=300):
     ),
 )
 @each
+@pytest.mark.cases(1)
 def test_it_lowers_for_hopper(op, K, V, dtype):
     def outputs_and_gradients(reset, *arrays):
         outputs, pull = jax.vjp(lambda *arrays: getattr(MODULES[op], op)(*arrays, reset), *arrays)

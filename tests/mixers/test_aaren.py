@@ -32,6 +32,7 @@ def softmax_attention(q, k, v):
 
 @pytest.mark.parametrize(("scale", "offset"), [(1, 0), (30, 0), (1e4, 0), (1, -300)])
 @pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+@pytest.mark.cases(9)
 def test_is_softmax_attention_of_one_query(impl, scale, offset):
     """Scores up to 1e4, and all of them far below 0, where exp without the running maximum would underflow."""
     q, k, v = inputs(scale)
@@ -62,6 +63,7 @@ def test_the_order_of_the_past_does_not_matter():
     np.testing.assert_allclose(*last, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_first_token_reads_itself_and_no_gradient_is_lost_where_scores_are_extreme():
     q, k, v = inputs(1e4)
     for impl in ("scan", "chunk"):

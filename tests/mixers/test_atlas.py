@@ -55,6 +55,7 @@ def test_is_its_recurrence_written_out():
     np.testing.assert_allclose(y_1TD[0], written_out(*args), atol=1e-4)
 
 
+@pytest.mark.long
 def test_without_muon_it_is_omega_net():
     """Where momentum and rate do not depend on the token: theta is scaled by 1 - eta in one, by the rate in both."""
     omega, atlas = make("omega_net", step=0.3), make(step=0.3, muon_steps=0)

@@ -94,6 +94,7 @@ CASES = [  # (T, window, sinks, block)
 
 @pytest.mark.parametrize("T, window, sinks, block", CASES)
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(2)
 def test_is_softmax_over_the_cache(params, monkeypatch, impl, T, window, sinks, block):
     monkeypatch.setattr(attention, "BLOCK", block)
     x, reset = data(T)
@@ -136,6 +137,7 @@ def test_chunks_in_two_calls_are_the_scan_in_values_state_and_gradients(params, 
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_a_reset_leaves_nothing_behind(params, impl):
     """No NaN crosses it in either direction, and the state is a fresh run's, empty slots included."""
     x, _ = data(3)
@@ -155,6 +157,7 @@ def test_a_reset_leaves_nothing_behind(params, impl):
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
 @pytest.mark.parametrize("position", [10_000_000, 2**31 - 1])
+@pytest.mark.cases(2)
 def test_the_position_in_the_text_does_not_matter(params, impl, position):
     """The same cache, far into a text; and the counter does not overflow."""
     window, sinks = 4, 2
@@ -179,6 +182,7 @@ def test_rotation_is_multiplication_of_complex_numbers_and_knows_only_distances(
     np.testing.assert_allclose(scores, turned @ k_K, rtol=1e-10)
 
 
+@pytest.mark.long
 def test_grouped_keys_are_repeated_heads(params):
     x, reset = data(9)
     own = jax.tree.map(lambda w: w, params)

@@ -102,6 +102,7 @@ def test_forms_agree_in_every_kind(kind, impl):
 
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("kind", ("full", "block"))
+@pytest.mark.cases(2)
 def test_simulates_any_finite_state_machine_exactly(kind, impl):
     """With one-hot states and tokens, A of a token is its column of the transition table: here 6 states, 4 tokens."""
     rng = np.random.default_rng(0)
@@ -128,6 +129,7 @@ def last_state(kind, weights, x_TD, impl="chunk"):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.cases(1)
 def test_no_block_drowns_another(impl):
     """A block that grows 10 times as fast per token leaves the other as it is alone; with one length for both it would
     be e^-700 of it after 300 tokens, and 0."""
@@ -139,6 +141,7 @@ def test_no_block_drowns_another(impl):
     np.testing.assert_allclose(jnp.sum(both**2, -1), 1, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_rotations_commute_and_blocks_do_not():
     x_TD = jax.random.normal(jax.random.key(1), (30, D))
     for kind, commutes in (("rotation", True), ("block", False)):
@@ -148,6 +151,7 @@ def test_rotations_commute_and_blocks_do_not():
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.cases(2)
 def test_a_rotation_adds_modulo_m(impl):
     """Token k turns by 2 pi k / m: the angle is the sum of all tokens modulo m, and the length never changes."""
     m, tokens = 7, np.random.default_rng(0).integers(0, 7, 500)
@@ -176,6 +180,7 @@ def test_signs_track_parity_and_positive_numbers_cannot(impl):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cases(3)
 def test_nothing_is_added_so_no_tokens_length_matters(kind):
     """Each token times a positive number of its own: no output changes."""
     mixer = make(kind)
@@ -231,6 +236,7 @@ def test_initial_transitions():
 @pytest.mark.parametrize(
     ("kind", "impl"), [("rotation", "scan"), ("rotation", "associative"), ("rotation", "chunk"), ("block", "chunk")]
 )
+@pytest.mark.cases(1)
 def test_a_state_that_a_token_maps_to_zero_stays_there_until_the_next_reset(kind, impl):
     x_BTD = jax.random.normal(jax.random.key(1), (1, 9, D)).at[:, 3].set(0)
     reset = jnp.arange(9)[None] == 6
@@ -276,6 +282,7 @@ def test_the_op_names_bad_arguments():
 
 
 @pytest.mark.parametrize("impl", ("associative", "chunk"))
+@pytest.mark.cases(1)
 def test_no_form_is_further_from_float64_than_the_definition(impl):
     """Over 16,384 random transitions, where now and then one all but annihilates the state, or a product of many does:
     what is left is mostly rounding, and none of it may stay."""

@@ -60,6 +60,7 @@ def reference(params, x, reset, block):
 @pytest.mark.parametrize(
     ("impl", "block"), [("scan", 1), ("scan", 4), ("associative", 4), ("chunk", 1), ("chunk", 4), ("chunk", 99)]
 )
+@pytest.mark.cases(1)
 def test_is_the_equation_of_the_paper(impl, block):
     mixer, params, x, reset = setup(block=block, impl=impl)
     y, _ = jax.jit(mixer.apply)(params, x, None, reset)
@@ -76,6 +77,7 @@ def test_gradients_of_the_forms_agree_with_blocks():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradient("chunk"), gradient("scan"))
 
 
+@pytest.mark.long
 def test_a_block_at_a_time_equals_one_call():
     """As the paper generates, with a state that does not grow."""
     mixer, params, x, _ = setup(block=4)
@@ -90,6 +92,7 @@ def test_a_block_at_a_time_equals_one_call():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, last)
 
 
+@pytest.mark.long
 def test_a_token_sees_its_block_and_none_later():
     """The last token of the second block of 4 is seen by all of that block, and by none of the first."""
     mixer, params, x, _ = setup(block=4)
@@ -100,6 +103,7 @@ def test_a_token_sees_its_block_and_none_later():
     assert change[:4].max() < 1e-6 and change[4:].min() > 1e-4
 
 
+@pytest.mark.long
 def test_where_the_text_stands_does_not_matter():
     """Only distances do: far on, and where the counter overflows, all is the same."""
     mixer, params, x, _ = setup()

@@ -44,6 +44,7 @@ def reference(params, x_BTD, reset_BT, window):
 
 @pytest.mark.parametrize(("window", "part"), [(99, 16), (99, 5), (7, 3), (1, 2)])
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_is_the_sum_over_pairs(monkeypatch, impl, window, part):
     monkeypatch.setattr(causal_rn, "PART", part)
     mixer, params, x, reset = setup(window=window, impl=impl)
@@ -74,6 +75,7 @@ def test_no_running_sum_can_stand_for_the_pool():
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_how_long_the_text_is_does_not_matter(impl):
     """What counts is the ring: the same one, far into a text, and the counter does not overflow."""
     window = 6

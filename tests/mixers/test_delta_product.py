@@ -38,6 +38,7 @@ def test_transition_is_one_decay_and_a_product_of_householders(impl):
         np.testing.assert_allclose(last_BHKV[0, h], S_KV, atol=2e-5)
 
 
+@pytest.mark.long
 def test_one_step_is_gated_deltanet():
     """The same layer with the same parameters."""
     fields = {"width": D, "heads": H, "key_dim": K, "value_dim": V}
@@ -57,6 +58,7 @@ def test_one_step_is_gated_deltanet():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_step_without_forgetting_is_deltanet():
     """The states of the layers, that is: DeltaNet has no output gate."""
     fields = {"width": D, "heads": H, "key_dim": K, "value_dim": V, "allow_neg_eigval": True}

@@ -18,6 +18,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_a_full_write_reads_back_exactly(impl):
     """beta = 1 under unit keys, K != V: right after its write a value is all that its key holds."""
     _, k, v, S = inputs()

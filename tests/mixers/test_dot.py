@@ -23,6 +23,7 @@ def series(degree):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.cases(1)
 def test_is_its_recurrence_written_out(layers):
     sizes = {"width": D, "heads": H, "key_dim": K, "value_dim": V, "memory_layers": layers, "hidden": 5, "degree": 3}
     mixer = memzoo.make("dot", window=3, chunk=4, step=0.3, **sizes)

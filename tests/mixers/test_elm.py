@@ -52,6 +52,7 @@ def silent(params):
         ({"branches": 4}, [[0, 1], [1, 2], [3, 4], [4, 5]]),
     ],
 )
+@pytest.mark.cases(1)
 def test_equals_its_equation(fields, inputs):
     """A trace for each synapse, summed along its branch."""
     params, run = compiled(**fields)
@@ -70,6 +71,7 @@ def test_equals_its_equation(fields, inputs):
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_memories_leak_at_their_own_rates(impl):
     """Where the network is silent, m_t = exp(-t / tau) m_0, tau from 1 to 1000 tokens evenly in log."""
     params, run = compiled(impl=impl)

@@ -44,6 +44,7 @@ def through_time(mixer):
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_errors_vanish_or_explode_with_the_recurrent_kernel(impl):
     """At rest all Jacobians are U: T tokens back an error has |U|^T times its length, 1 as U begins."""
     mixer, params, x_BTD = parameters(impl=impl)
@@ -58,6 +59,7 @@ def test_errors_vanish_or_explode_with_the_recurrent_kernel(impl):
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_the_irnn_begins_as_memory(impl):
     """It keeps any state >= 0 to the bit where nothing comes in, and the error in it."""
     mixer, params, x_BTD = parameters(activation="relu", impl=impl)

@@ -70,6 +70,7 @@ def test_a_contraction_forgets_at_least_as_fast_as_it_says_under_any_input():
     ("spectral_radius", "leak", "forgets"),
     [(0.9, 1.0, True), (1.03, 1.0, False), (1.15, 0.4, True), (2.0, 0.4, False)],
 )
+@pytest.mark.cases(2)
 def test_the_start_fades_at_the_radius_if_that_is_below_one(spectral_radius, leak, forgets):
     """Without input, near h = 0. With a leak the radius is not W's: one of 1.15 still forgets."""
     mixer, variables = initialised(units=20, spectral_radius=spectral_radius, leak=leak)
@@ -83,6 +84,7 @@ def test_the_start_fades_at_the_radius_if_that_is_below_one(spectral_radius, lea
     assert size_T[-1] < 1e-30 if forgets else size_T[-1] > 0.1
 
 
+@pytest.mark.long
 def test_a_ridge_readout_recalls_what_came_before():
     """What the mixer then returns is the delayed input."""
     mixer, variables = initialised(units=40, input_scale=0.2)

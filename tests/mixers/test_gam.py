@@ -69,6 +69,7 @@ def test_the_bank_retrieves_a_slot_in_one_step():
 
 
 @pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.cases(1)
 def test_recall_ends_where_the_convolutions_end(layers):
     """A key asked for layers (W - 1) + 1 tokens after it was shown, or later, is unknown: there is no other memory."""
     model = LanguageModel(vocab=9, width=8, layers=layers, mixers=("gam",), fields={"gam": {"slots": M}})

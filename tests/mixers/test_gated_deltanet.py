@@ -20,6 +20,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_a_full_write_reads_back_exactly_however_much_is_forgotten(impl):
     _, k, v, beta, S = inputs()
     y_BTHV, _ = gated_delta_rule(k, k, v, jnp.ones_like(beta), -9 * beta, S, None, impl)

@@ -47,6 +47,7 @@ def test_equals_the_cell_of_flax():
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_update_gate_one_keeps_the_state(impl):
     """To the bit, and its gradient too."""
     mixer, params, x_BTD = parameters(impl=impl)

@@ -75,6 +75,7 @@ def reference(params, x_TD):
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_is_the_equation_of_the_paper(monkeypatch, impl):
     monkeypatch.setattr(hax, "BLOCK", 8)
     mixer, params, x = setup(impl=impl)
@@ -87,6 +88,7 @@ def test_is_the_equation_of_the_paper(monkeypatch, impl):
 
 
 @pytest.mark.parametrize("impl, cuts, floats", [("scan", (), 1), ("chunk", (10, 20), 2**25), ("chunk", (), 1)])
+@pytest.mark.cases(1)
 def test_a_query_sees_its_bucket_and_the_best_and_no_more(monkeypatch, impl, cuts, floats):
     """With queries of 0 all weights are equal, and value s is the s-th unit vector: outputs show what is seen.
 
@@ -128,6 +130,7 @@ def test_one_bucket_that_holds_all_is_softmax_attention():
     np.testing.assert_allclose(y[0], expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_without_what_it_finds_it_is_mamba2():
     mixer, params, x = setup(impl="scan")
     p = params["params"]
@@ -213,6 +216,7 @@ def test_the_ranking_loss_orders_tokens_by_the_attention_they_get():
     np.testing.assert_allclose(got, np.mean(losses), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_only_the_ranking_loss_trains_the_scores_and_it_trains_nothing_else():
     mixer, params, x = setup(impl="scan")
     outputs = lambda p: jnp.sum(mixer.apply(p, x)[0] ** 2)
@@ -224,6 +228,7 @@ def test_only_the_ranking_loss_trains_the_scores_and_it_trains_nothing_else():
         assert np.any(leaf != 0) == ("score" in jax.tree_util.keystr(path)), path
 
 
+@pytest.mark.long
 def test_which_tokens_are_ranked_can_be_random():
     mixer, params, x = setup(impl="scan")
     loss = jax.jit(lambda key: ranking(params, x, mixer, rngs={"ranking": key}))
@@ -236,6 +241,7 @@ def distance_from_uniform(x):
     return np.abs(np.sort(x) - (np.arange(x.size) + 0.5) / x.size).max()
 
 
+@pytest.mark.long
 def test_initial_decays_are_those_of_mamba2_and_what_it_finds_counts_in_full():
     mixer = memzoo.make("hax", width=2, **{**FIELDS, "head_dim": 1})
     init = jax.jit(jax.vmap(lambda key: mixer.init(key, jnp.zeros((1, 1, 2)))))

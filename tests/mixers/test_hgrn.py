@@ -27,6 +27,7 @@ def test_is_two_real_recurrences_that_rotate_into_each_other(impl):
 
 
 @pytest.mark.parametrize("lower_bound", (0.0, 0.75))
+@pytest.mark.cases(1)
 def test_no_input_forgets_faster_than_the_bound(lower_bound):
     """What an earlier token left fades by at least the bound per token, and never grows."""
     mixer = memzoo.make("hgrn", width=6, lower_bound=lower_bound)
@@ -52,6 +53,7 @@ def test_the_state_is_a_mean_of_what_was_written():
     np.testing.assert_allclose(same, 2j * np.ones((1, 300, 4)), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_initial_turns_and_gates():
     """theta runs from 1 to nearly 10000^-2 in equal ratios. Weights and biases are uniform in +-1/sqrt(inputs), so that
     forget gates are sigmoids of logits of variance 1/3, close about the middle of [lower_bound, 1]."""

@@ -80,6 +80,7 @@ def test_initial_forget_gates(lower_bound):
 
 
 @pytest.mark.parametrize("lower_bound", (0.0, 0.75))
+@pytest.mark.cases(1)
 def test_no_input_forgets_faster_than_the_bound(lower_bound):
     mixer = memzoo.make("hgrn2", width=6, heads=2, lower_bound=lower_bound)
     x_BTD = 20 * np.random.default_rng(0).standard_normal((4, 9, 6)).astype(np.float32)

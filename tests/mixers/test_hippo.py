@@ -17,6 +17,7 @@ def sigmoid(x):
 
 
 @pytest.mark.parametrize(("measure", "discretisation"), [("legs", "zoh"), ("legs", "bilinear"), ("legt", "zoh")])
+@pytest.mark.cases(1)
 def test_is_the_cell_of_the_paper_around_the_memory(measure, discretisation):
     """The gated cell in numpy, which reads the memory of the signals that it wrote so far, each time from the first."""
     fields = FIELDS | {"measure": measure, "discretisation": discretisation, "timescale": 6.0}

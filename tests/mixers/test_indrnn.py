@@ -39,6 +39,7 @@ def test_equals_its_equation():
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_an_error_is_a_power_of_the_units_own_weight(impl):
     """Where units are at work, dh_T / dh_0 is diag(u)^T; over the horizon it is at most `growth`, whatever u says."""
     mixer, params, x_BTD = parameters(impl=impl, horizon=T, growth=3.0)

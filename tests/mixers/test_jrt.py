@@ -50,6 +50,7 @@ def reference(params, x, reset, look_ahead, prefix=M):
 @pytest.mark.parametrize(
     ("impl", "look_ahead"), [("scan", False), ("scan", True), ("associative", True), ("chunk", False), ("chunk", True)]
 )
+@pytest.mark.cases(1)
 def test_is_the_equation_of_the_paper(impl, look_ahead):
     mixer, params, x, reset = setup(impl=impl, look_ahead=look_ahead)
     y, _ = jax.jit(mixer.apply)(params, x, None, reset)
@@ -66,6 +67,7 @@ def test_gradients_of_the_forms_agree_when_looking_ahead():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradient("chunk"), gradient("scan"))
 
 
+@pytest.mark.long
 def test_prefill_then_one_token_at_a_time():
     """The prefix in one call, the rest as it comes; and the prefix in pieces leaves the same state behind."""
     mixer, params, x, _ = setup(look_ahead=True)
@@ -106,6 +108,7 @@ def test_the_past_is_a_set_once_the_prefix_is_read():
     np.testing.assert_allclose(apply(other)[:, M - 1 :], apply(x)[:, M - 1 :], atol=1e-5)
 
 
+@pytest.mark.long
 def test_without_a_prefix_it_is_based():
     mixer, params, x, reset = setup(prefix=0, look_ahead=True)
     based = memzoo.make("based", width=D, heads=H, feature_dim=K, value_dim=V)
@@ -115,6 +118,7 @@ def test_without_a_prefix_it_is_based():
     np.testing.assert_allclose(state.S_BHEV, based_state.S_BHEV, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_prefix_that_ends_early():
     """With n_B = M the next tokens are the answer's, as if the prefix had been no longer."""
     mixer, params, x, _ = setup()
@@ -126,6 +130,7 @@ def test_a_prefix_that_ends_early():
     np.testing.assert_allclose(last.S_BHEV, want_last.S_BHEV, atol=1e-4)
 
 
+@pytest.mark.long
 def test_each_row_may_have_a_prefix_of_its_own():
     """With n_B = M - m to begin with, nothing of a row's answer is seen before its time: here of m = 3 and M."""
     mixer, params, x, _ = setup(look_ahead=True)

@@ -22,6 +22,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_transition_decays_first_and_then_erases(impl):
     """Eq. 1 with its matrices written out: S_t = (I - beta k k') diag(alpha) S_{t-1} + beta k v'."""
     q, k, v, beta, log_alpha, S = inputs()
@@ -36,12 +37,14 @@ def test_transition_decays_first_and_then_erases(impl):
         np.testing.assert_allclose(last_BHKV[0, h], S_KV, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_full_write_reads_back_exactly_however_much_is_forgotten():
     _, k, v, beta, log_alpha, S = inputs()
     y_BTHV, _ = kimi_delta_attention(k, k, v, np.ones_like(beta), 9 * log_alpha, S, None, "chunk")
     np.testing.assert_allclose(y_BTHV, v, atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_decay_for_all_keys_is_gated_deltanet():
     """The same parameters in both: the low-rank decay is Gated DeltaNet's, repeated over the keys of a head."""
     ours, theirs = (memzoo.make(name, width=D, heads=H, key_dim=K, value_dim=V) for name in ("kda", "gated_deltanet"))

@@ -57,6 +57,7 @@ def test_slots_with_keys_of_their_own_come_to_hold_the_values():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
+@pytest.mark.cases(1)
 def test_is_its_recurrence_written_out(chunk):
     """What is read, and the slots: as the chunk began, and what it has added since."""
     mixer = memzoo.make("lattice", width=D, heads=H, slots=M, value_dim=V, conv_width=1, chunk=chunk)
@@ -91,6 +92,7 @@ def test_is_its_recurrence_written_out(chunk):
     np.testing.assert_allclose(y_1TD[0], np.einsum("thv,hvd->td", y_THV, p["out"]["kernel"]), atol=1e-5)
 
 
+@pytest.mark.long
 def test_slots_of_a_chunk_have_length_1_and_what_it_adds_is_orthogonal_to_them():
     mixer = memzoo.make("lattice", width=D, heads=H, slots=M, value_dim=V, chunk=16)
     x_1TD = np.random.default_rng(3).normal(size=(1, 43, D)).astype("float32")

@@ -47,6 +47,7 @@ def test_equals_its_equation(around, tau):
 
 @pytest.mark.parametrize("around", ["all", "drive"])
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_a_unit_alone_decays_with_its_time_constant(around, impl):
     """Without input and neighbours, h_t = (1 - 1/tau)^t h_0, whatever is on the recurrent kernel's diagonal."""
     params, run = compiled(around=around, impl=impl)

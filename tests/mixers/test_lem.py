@@ -35,6 +35,7 @@ def sigmoid(x):
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_equals_its_equation(impl):
     mixer, params = parameters(dt=0.3, impl=impl)
     (Wd, We, Wz, Wy), (Ud, Ue, Uz), Uy = parts(params)
@@ -63,6 +64,7 @@ def test_states_are_bounded_and_reach_the_bound():
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_errors_neither_explode_nor_vanish(impl):
     """One token's Jacobian is within G dt of the identity, by rows, G = 1 + 1.5 eta + 1.5 eta^2 dt, where eta bounds
     the rows of all recurrent weights: from |sigmoid'| <= 1/4, |tanh'| <= 1 and |y|, |z| <= 1. So T of them, with

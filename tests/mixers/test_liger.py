@@ -48,12 +48,14 @@ def reference(params, x_BTD, beta=0.5, tau=16):
 
 @pytest.mark.parametrize("beta", [0.5, 0.0])
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_is_the_papers_sum_of_gated_memory_and_window(teacher, impl, beta):
     params, x = teacher
     y, _ = apply(impl=impl, window_share=beta)(params, x)
     np.testing.assert_allclose(y, reference(params, x, beta), atol=2e-5)
 
 
+@pytest.mark.long
 def test_a_softmax_layers_weights_are_its_weights(teacher):
     """Name by name and shape by shape, nothing more and nothing less; with the window alone it is that layer."""
     params, x = teacher
@@ -64,6 +66,7 @@ def test_a_softmax_layers_weights_are_its_weights(teacher):
     )
 
 
+@pytest.mark.long
 def test_keys_are_gates(teacher):
     """A channel whose keys are 100 never forgets; at -100 it keeps exp(-100 / 16) per token, at 0 (1/2)^(1/16)."""
     params, _ = teacher

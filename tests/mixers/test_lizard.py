@@ -66,12 +66,14 @@ def reference(params, x_BTD):
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_is_the_papers_sum_of_gated_memory_and_window(given, impl):
     params, x = given
     np.testing.assert_allclose(apply(impl=impl)(params, x)[0], reference(params, x), atol=2e-5)
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_with_gates_1_and_no_window_it_is_linear_attention(given, impl):
     """The average of the values by weights phi(q)' phi(k), of all tokens so far alike."""
     params, x = given
@@ -106,6 +108,7 @@ def test_a_softmax_layers_weights_load_into_its_projections():
     assert ours == teacher | new
 
 
+@pytest.mark.long
 def test_meta_memory_tokens_take_weight_from_the_window_and_give_nothing(given):
     """At very small logits it is softmax over the window; at very large ones nothing of the window is left."""
     params, x = given
@@ -117,6 +120,7 @@ def test_meta_memory_tokens_take_weight_from_the_window_and_give_nothing(given):
     np.testing.assert_allclose(with_meta(100), apply(window=None)(memory, x)[0], atol=1e-6)
 
 
+@pytest.mark.long
 def test_strong_keys_leave_no_denominator_of_0(given):
     """Features of 30 times the keys and queries are 0 or 1 in float32, and hardly meet."""
     params, x = given

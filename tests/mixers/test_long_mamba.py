@@ -88,6 +88,7 @@ def test_decay_over_eight_times_the_training_length_is_restored():
 
 
 @pytest.mark.parametrize("scan_layers", (False, True))
+@pytest.mark.cases(1)
 def test_one_call_calibrates_a_model(scan_layers):
     """A model trained with Mamba lasts eight times longer: same parameters, thresholds beside them."""
     T, kinds = 32, {"vocab": 11, "width": 6, "layers": 2, "scan_layers": scan_layers}

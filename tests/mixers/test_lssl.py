@@ -57,6 +57,7 @@ def test_equals_a_fine_solve_of_the_ode(measure):
 @pytest.mark.parametrize(
     ("measure", "trained", "alpha"), [("legs", True, 0.5), ("legt", True, 1.0), ("lagt", False, 0.3)]
 )
+@pytest.mark.cases(1)
 def test_is_the_layer_of_the_paper(measure, trained, alpha, impl):
     """In float64, token by token, with other parameters than the first: the solve, gelu, W."""
     D, N, T = 2, 4, 40
@@ -99,6 +100,7 @@ def test_the_state_of_legs_reconstructs_a_polynomial():
 
 
 @pytest.mark.parametrize(("measure", "N"), [("legs", 64), ("legs", 16), ("legt", 16), ("lagt", 64)])
+@pytest.mark.cases(2)
 def test_what_blows_up_is_refused(measure, N):
     """1,024 steps of dt_max are multiplied out; refused if they make a state thousands of times as long."""
     A, _ = hippo.transition(measure, N)
@@ -119,6 +121,7 @@ def test_what_blows_up_is_refused(measure, N):
             memzoo.make("lssl", width=2, measure=measure, state_size=N, alpha=alpha, dt_max=1e-3)
 
 
+@pytest.mark.long
 def test_half_the_step_at_twice_the_sampling_rate_is_the_same_output():
     C = np.random.default_rng(1).standard_normal(8)
     slow, fast = run("legs", 1e-2, 3.0, C, "conv"), run("legs", 5e-3, 3.0, C, "conv")
@@ -135,6 +138,7 @@ def test_the_trained_matrix_begins_as_that_of_hippo(measure, N):
             np.testing.assert_allclose(got, want, atol=1e-12 * N)
 
 
+@pytest.mark.long
 def test_fixed_is_trained_at_the_start():
     x = jax.random.normal(jax.random.key(1), (2, 20, 3))
     trained, fixed = (memzoo.make("lssl", width=3, state_size=5, trained=t) for t in (True, False))

@@ -27,6 +27,7 @@ def gates(i, f, g, o):
     return jnp.tile(jnp.repeat(jnp.array([i, f, g, o], jnp.float32), F), (B, T, 1))
 
 
+@pytest.mark.long
 def test_equals_the_cell_of_flax():
     mixer, params, x_BTD = parameters()
     params["in"]["bias"] = jax.random.normal(jax.random.key(1), (4 * F,))
@@ -46,6 +47,7 @@ def test_equals_the_cell_of_flax():
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_constant_error_carousel(impl):
     """With the input gate shut and the forget gate open the cell keeps its content to the bit, and its error too."""
     U_FE = jax.random.normal(jax.random.key(0), (F, 4 * F))

@@ -39,6 +39,7 @@ def in_numpy(p, x):
 
 @pytest.mark.parametrize("initialisation", ["default", "mimetic"])
 @pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+@pytest.mark.cases(1)
 def test_is_the_layer_of_the_paper(impl, initialisation):
     mixer = memzoo.make("mamba", width=6, state_size=3, dt_rank=2, initialisation=initialisation, impl=impl)
     x_BTD = jax.random.normal(jax.random.key(1), (1, 70, 6))
@@ -91,6 +92,7 @@ def attention_map(params, x_BTD, T):
     return np.asarray(y_STE[:, :, 0]).T, np.asarray(C[0] @ B[0].T)
 
 
+@pytest.mark.long
 def test_mimetic_is_causal_linear_attention_that_looks_for_like_tokens():
     """M_ts = C_t . B_s for s <= t; and among eight random tokens it is the same one that it looks at most."""
     T, D = 64, 64

@@ -112,6 +112,7 @@ def test_a_note_lasts_where_the_state_forgets():
     assert first_token_counts("mamba", 100) < 1e-12
 
 
+@pytest.mark.long
 def test_initial_steps_decays_and_importance():
     """Mamba's own; and of noise about a half is noted."""
     mixer = memzoo.make("mem_mamba", width=500, state_size=3, dt_rank=1, pool_size=1000, note_dim=2)

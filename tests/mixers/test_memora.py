@@ -50,6 +50,7 @@ def test_a_step_in_A_is_the_papers_step_in_log_W():
     np.testing.assert_allclose(distribution((1 - alpha_O1) * A_OI - g_OI) / 2, want, atol=1e-6)
 
 
+@pytest.mark.long
 def test_weights_stay_on_the_scaled_simplex():
     mixer = make(step=5.0)
     p = parameters(mixer)

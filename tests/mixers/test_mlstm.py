@@ -37,6 +37,7 @@ def unstabilised(q, k, v, i, log_f, C, n):
 
 
 @pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+@pytest.mark.cases(1)
 def test_is_the_unstabilised_recurrence(impl):
     xs, (C, n, m) = inputs()
     with_m = np.exp(m)
@@ -72,6 +73,7 @@ def test_m_is_the_largest_exponent_of_what_the_memory_holds():
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_wild_gates_stay_finite(impl):
     """Inputs of exp(+-300) in one sequence, where neither gate fits into float32; gradients too."""
     (q, k, v, i, log_f), state = in_float32(inputs(size=100.0))
@@ -87,6 +89,7 @@ def test_wild_gates_stay_finite(impl):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.long
 def test_forms_agree_where_the_stabiliser_works_hardest():
     """Values, last states and gradients, in float64, with gates of exp(+-20), forget gates above 1, a reset."""
     with jax.enable_x64(True):
@@ -124,6 +127,7 @@ def test_initial_gates():
     np.testing.assert_allclose(first.n_BHK[0], np.exp(soft(-10.0)) * k_HK, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_exponential_forget_gates_begin_where_sigmoid_ones_do():
     x_BTD = np.random.default_rng(0).standard_normal((1, 20, 16)).astype(np.float32)
     ys = []

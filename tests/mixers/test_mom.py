@@ -27,6 +27,7 @@ def inputs(N=3, top_k=2):
 
 
 @pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+@pytest.mark.cases(2)
 def test_is_the_equation_of_the_paper(impl):
     """Memory by memory, only those that were chosen: they fade, are corrected, and are read."""
     q, k, v, beta, log_a, g, S = inputs()
@@ -63,6 +64,7 @@ def test_the_router_takes_the_largest_and_their_weights_sum_to_one():
     assert (rest == 0).all() and (g[..., 5] == 1).all()
 
 
+@pytest.mark.long
 def test_the_load_balance_loss_is_least_where_all_memories_are_used_alike():
     """k there; N where one of N always wins; and the layer gives it to those who ask."""
     N = 4
@@ -82,6 +84,7 @@ def test_the_load_balance_loss_is_least_where_all_memories_are_used_alike():
     np.testing.assert_allclose(sown["losses"]["load_balance"][0], 0.01 * expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_one_memory_is_gated_deltanet():
     sizes = {"width": D, "heads": H, "key_dim": K, "value_dim": V}
     mixer = memzoo.make("mom", memories=1, top_k=1, shared=False, **sizes)

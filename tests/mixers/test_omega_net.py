@@ -46,6 +46,7 @@ def test_is_its_recurrence_written_out():
     np.testing.assert_allclose(y_1TD[0], want_TD, atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_token_and_the_key_itself_are_titans_rule():
     """A degree of 1 has the key and a constant feature, whose share s_0 is 0 here."""
     titans = make("titans", persistent=0, chunk=4, step=0.3, hidden=5)

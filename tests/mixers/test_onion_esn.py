@@ -26,6 +26,7 @@ def states(mixer, variables, x_BTD, h_BN):
 
 
 @pytest.mark.parametrize("E", [300, 5])
+@pytest.mark.cases(1)
 def test_the_eigenvalues_of_each_reservoir_are_uniform_on_its_ring(E):
     """And the matrices are normal: their norm is their radius."""
     mixer, variables = initialised(units=M * E, spectral_radius=0.9)

@@ -53,6 +53,7 @@ def in_numpy(p, x, ones, zeros):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("ones", "zeros"), [(1, 1), (0, 2), (2, 0)])
+@pytest.mark.cases(1)
 def test_is_the_layer_of_the_paper(impl, ones, zeros):
     x_BTD = jax.random.normal(jax.random.key(1), (1, 70, 4))
     mixer, params = layer(x_BTD, ones=ones, zeros=zeros, impl=impl)
@@ -63,6 +64,7 @@ def test_is_the_layer_of_the_paper(impl, ones, zeros):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.cases(1)
 def test_without_pinned_states_it_is_mamba(impl):
     x_BTD = jax.random.normal(jax.random.key(1), (1, 70, 4))
     mixer, params = layer(x_BTD, ones=0, zeros=0, impl=impl)
@@ -74,6 +76,7 @@ def test_without_pinned_states_it_is_mamba(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.cases(1)
 def test_in_the_layer_one_state_keeps_exactly_and_one_forgets_exactly(impl):
     """Where nothing is written, the first state comes out bit for bit, and no other does. Read alone, the last gives an
     output that the last token alone decides, when the convolution passes the past on no more than the state."""
@@ -189,6 +192,7 @@ def test_initial_weights_are_those_of_the_released_code():
     np.testing.assert_allclose(np.std(p["in"]["kernel"]), (3 * 48) ** -0.5, rtol=0.03)
 
 
+@pytest.mark.long
 def test_each_kind_can_be_left_out():
     x = jax.random.normal(jax.random.key(0), (1, 20, 4))
     for ones, zeros in ((0, 0), (2, 0), (0, 3)):

@@ -64,6 +64,7 @@ def reference(params, x_BTD, reset_BT, L, window):
 
 @pytest.mark.parametrize(("L", "window"), [(3, 99), (3, 4), (1, 5), (4, 1)])
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_is_the_equation_of_the_paper(monkeypatch, impl, L, window):
     monkeypatch.setattr(rat, "BLOCK", 8)
     mixer, params, x = setup(chunk=L, window=window, impl=impl)
@@ -74,6 +75,7 @@ def test_is_the_equation_of_the_paper(monkeypatch, impl, L, window):
 
 
 @pytest.mark.parametrize("window", [9, 64])
+@pytest.mark.cases(1)
 def test_chunks_of_one_token_are_softmax_attention(window):
     """With forget gates at 0 and output gates at 1/2, `attention` itself."""
     mixer, params, x = setup(chunk=1, window=window, groups=H)
@@ -87,6 +89,7 @@ def test_chunks_of_one_token_are_softmax_attention(window):
 
 
 @pytest.mark.parametrize("L", [T, 10_000])
+@pytest.mark.cases(1)
 def test_one_chunk_is_a_gated_linear_rnn(L):
     """h_t = g_t h_{t-1} + (1 - g_t) v_t, y_t = W (z_t h_t): queries and keys do not matter."""
     mixer, params, x = setup(chunk=L, window=3)
@@ -105,6 +108,7 @@ def test_the_cache_is_smaller_than_that_of_attention_by_the_chunk():
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_how_long_the_text_is_does_not_matter(impl):
     """What counts is the ring: the same one, far into a text, and the counter does not overflow."""
     L, window = 3, 2

@@ -32,6 +32,7 @@ def matrix(residual, variables):
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.cases(1)
 def test_is_the_equation_and_states_its_condition(residual):
     mixer, variables = initialised(residual=residual, alpha=0.8, beta=0.3, bias_scale=0.5)
     rng = np.random.default_rng(0)

@@ -26,6 +26,7 @@ def states(mixer, variables, x_BTD, state):
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_is_the_equation(impl):
     """Around the ring and on."""
     mixer, variables = initialised(residual="cyclic", alpha=0.8, beta=0.3, bias_scale=0.5, impl=impl)
@@ -74,6 +75,7 @@ def test_without_memory_it_is_the_residual_network():
     np.testing.assert_allclose(jax.jit(mixer.apply)(variables, x_BTD)[0], want, atol=1e-5)
 
 
+@pytest.mark.long
 def test_its_nonlinear_part_forgets_its_start_as_the_condition_says():
     """At least so fast, under any input and whatever the ring holds, as long as it holds the same."""
     mixer, variables = initialised(alpha=0.8, beta=0.1)

@@ -96,6 +96,7 @@ def test_memory_is_kept_where_nothing_is_let_in(layer):
     assert np.abs(once.M_BNE).max() <= 1 < np.abs(M_BNE).max()
 
 
+@pytest.mark.long
 def test_gates_per_slot():
     """One of each for a slot: what is kept of it and what is let in have one size throughout."""
     mixer = memzoo.make("rmc", **SIZES, blocks=2, gates="memory")

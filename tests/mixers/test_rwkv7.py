@@ -56,6 +56,7 @@ def by_hand(p, x_BTD):
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_layer_is_the_papers(impl):
     rng = np.random.default_rng(1)
     x_BTD = rng.standard_normal((B, T, D)).astype("f")
@@ -84,6 +85,7 @@ def test_transition_is_a_contraction_with_real_eigenvalues():
         np.testing.assert_allclose(moved[..., 0], transition[:, 0, ..., column], atol=1e-6)
 
 
+@pytest.mark.long
 def test_without_erasing_is_gated_linear_attention():
     r, k, v, kappa, a, log_w, S = inputs()
     ours = wkv(r, k, v, kappa, 0 * a, log_w, S, None, "chunk")
@@ -91,6 +93,7 @@ def test_without_erasing_is_gated_linear_attention():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.long
 def test_without_decay_and_with_one_rate_is_deltanet():
     """w = 1, a the same in all channels, and beta kappa written."""
     r, _, v, kappa, a, log_w, S = inputs()
@@ -107,6 +110,7 @@ def test_a_full_rate_without_decay_replaces_what_the_erased_key_held():
     np.testing.assert_allclose(y_BTHV, v, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_state_fades_by_two_fifths_per_token_at_most():
     """w is in (exp(-e^-1/2), 1), however extreme the token: 0.545 at least."""
     mixer = memzoo.make("rwkv7", **FIELDS)

@@ -35,6 +35,7 @@ def system(p):
 
 @pytest.mark.parametrize("impl", ["scan", "associative", "conv", "auto"])
 @pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.cases(1)
 def test_is_the_layer_of_the_paper(measure, impl):
     """In float64, token by token, with all of the state: A dense, the bilinear rule as a solve, gelu, GLU."""
     D, N, T = 2, 3, 40
@@ -76,6 +77,7 @@ def test_the_convolution_is_the_recurrence_of_a_long_sequence(measure):
         assert error_D.max() < {"legs": 1e-5, "legt": 2e-5, "fout": 4e-5}[measure], error_D
 
 
+@pytest.mark.long
 def test_more_states_hold_more_of_the_past():
     """Of a band-limited signal: it is projected on p_n(exp(-ago)), by the weight exp(-ago), ago in 1 / dt tokens."""
     dt, T = 1 / 200, 3000
@@ -94,6 +96,7 @@ def test_more_states_hold_more_of_the_past():
 
 
 @pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.cases(1)
 def test_the_convolution_is_the_recurrence(measure):
     """With 64 states, no resets, an incoming state: the FFT over all tokens, of both kernels."""
     x = jax.random.normal(jax.random.key(1), (2, 200, 3))
@@ -128,6 +131,7 @@ def test_gradients_of_the_convolution_are_those_of_the_recurrence(measure):
                 np.testing.assert_allclose(g, w, atol=1e-10 * np.abs(w).max())
 
 
+@pytest.mark.long
 def test_the_kernels_of_legs_have_their_closed_form():
     """A feature that reads coefficient n has the kernel dt exp(-t) sqrt(2n+1) P_n(2 exp(-t) - 1) at (j + 1/2) dt."""
     N, dt, L = 12, 1e-3, 3000
@@ -155,6 +159,7 @@ def test_initial_steps_and_spectrum():
     np.testing.assert_allclose(np.sum(np.abs(both(B[0])) ** 2), np.sum(2 * np.arange(8) + 1), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_stable_whatever_the_parameters():
     """-P P* can only take energy away: the step never lengthens x, for P of any size."""
     rng = np.random.default_rng(0)

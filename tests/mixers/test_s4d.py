@@ -34,6 +34,7 @@ def test_initial_spectra():
     np.testing.assert_allclose(np.sort(wanted["inv"])[-5:], legs[-5:], rtol=0.15)
 
 
+@pytest.mark.long
 def test_initial_steps():
     p = initialised(2000, state_size=2)
     assert distance_from_uniform((p["log_dt"] - np.log(1e-3)) / np.log(100)) < 0.03
@@ -43,6 +44,7 @@ def test_initial_steps():
 
 @pytest.mark.parametrize("impl", ["scan", "chunk", "conv"])
 @pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
+@pytest.mark.cases(1)
 def test_an_impulse_shows_the_kernel(impl, discretisation):
     """2 Re(C A_t^j B_t), Vandermonde's product, through gelu and GLU; D at j = 0."""
     D, T = 2, 70

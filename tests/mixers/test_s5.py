@@ -55,6 +55,7 @@ def test_initial_steps_inputs_and_outputs():
 
 
 @pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
+@pytest.mark.cases(1)
 def test_is_the_dense_real_system(discretisation):
     """In two blocks of 4: h' = A h + B x with HiPPO-N, dense and real, discretised as a matrix, and y = C h, C real."""
     T, D, P, J, dt = 30, 3, 4, 2, 0.1
@@ -90,6 +91,7 @@ def test_is_the_dense_real_system(discretisation):
 
 
 @pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
+@pytest.mark.cases(1)
 def test_half_of_the_states_stand_for_all(discretisation):
     """The same with every conjugate kept, in float64, and each state's own dt."""
     T, D, N = 40, 3, 6

@@ -45,6 +45,7 @@ def in_float32(tree):
 
 
 @pytest.mark.parametrize(("impl", "forget_gate"), [("scan", "sigmoid"), ("scan", "exp"), ("newton", "sigmoid")])
+@pytest.mark.cases(1)
 def test_is_the_unstabilised_recurrence(impl, forget_gate):
     log_forget = {"sigmoid": lambda f: np.log(sigmoid(f)), "exp": lambda f: f}[forget_gate]
     a, R, (h, c, n, m) = inputs()

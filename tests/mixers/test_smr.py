@@ -38,6 +38,7 @@ def head(params, y):
 
 
 @pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+@pytest.mark.cases(1)
 def test_without_memories_it_is_the_ssm(impl):
     """Which is how it starts: exactly, as the factor is 1."""
     mixer, params, p = initial(impl=impl)
@@ -48,6 +49,7 @@ def test_without_memories_it_is_the_ssm(impl):
 
 
 @pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+@pytest.mark.cases(1)
 def test_memories_rescale_the_input(impl):
     mixer, params, p = initial(impl=impl)
     rng = np.random.default_rng(1)
@@ -62,6 +64,7 @@ def test_memories_rescale_the_input(impl):
     np.testing.assert_allclose(state.past_BPD[0], x[-(W - 1) :], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_memories_learn_from_the_start():
     """At 0 they leave the SSM alone, but their gradient is not 0."""
     mixer, params, _ = initial()
@@ -70,6 +73,7 @@ def test_memories_learn_from_the_start():
     assert jnp.all(gradient != 0)
 
 
+@pytest.mark.long
 def test_no_memories_can_more_than_double_the_state():
     """|h| <= 2 max|x| |b| / (1 - |a|), whatever was learned: the state stays stable."""
     mixer, params, p = initial()
@@ -83,6 +87,7 @@ def test_no_memories_can_more_than_double_the_state():
     np.testing.assert_allclose(np.abs(state.h_BDN[0, :, 0]), 2 * bound[:, 0], rtol=1e-3)  # reached where omega is 0
 
 
+@pytest.mark.long
 def test_initial_memory_of_the_ssm():
     """Every mode fades at the rate 1/2 and turns at pi n; the steps are log-uniform in [1e-3, 1e-1]."""
     _, _, p = initial(width=4000, state_size=2)

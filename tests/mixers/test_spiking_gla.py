@@ -71,6 +71,7 @@ def reference(params, x, reset):
 
 @pytest.mark.parametrize("window", [0, W])
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_is_the_equation_of_the_paper(impl, window):
     mixer, params, x, reset = setup(window=window, impl=impl)
     y, state = jax.jit(mixer.apply)(params, x, None, reset)
@@ -78,6 +79,7 @@ def test_is_the_equation_of_the_paper(impl, window):
     assert (state.near is None) == (window == 0)
 
 
+@pytest.mark.long
 def test_pieces_equal_the_whole_with_spikes():
     mixer, params, x, reset = setup()
     apply = jax.jit(mixer.apply)
@@ -98,6 +100,7 @@ def test_bfloat16_is_off_by_whole_spikes_and_no_more():
     assert 1e-2 < np.std(y_16 - y) / np.std(y) < 0.2
 
 
+@pytest.mark.long
 def test_without_spikes_and_window_it_is_gla():
     """Where q and k are positive anyway, and GLA's output gate is open: of silu(1.2784645...) = 1."""
     mixer, params, x, reset = setup(spiking=False, window=0, key_heads=H, gate_rank=3)
@@ -123,6 +126,7 @@ def test_without_spikes_and_window_it_is_gla():
     np.testing.assert_allclose(state.S_BGKV, state_gla.S_BHKV, atol=1e-5)
 
 
+@pytest.mark.long
 def test_counts_are_sown_and_trains_stand_for_them():
     """What the input projections see is h times the weighted sum of few, sparse spikes."""
     mixer, params, x, _ = setup()
@@ -138,6 +142,7 @@ def test_counts_are_sown_and_trains_stand_for_them():
     np.testing.assert_array_equal(counts["x_count"], np.round(x / (np.abs(x).mean(-1, keepdims=True) / 3)))
 
 
+@pytest.mark.long
 def test_gradients_are_straight_through():
     """With ever more spikes they are those of the layer without; with few, none is lost."""
 

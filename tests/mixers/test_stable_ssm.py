@@ -18,6 +18,7 @@ def initial(kind="best", width=3, **fields):
 
 
 @pytest.mark.parametrize("impl", ["scan", "associative", "chunk"])
+@pytest.mark.cases(2)
 def test_is_convolution_with_the_released_kernel(impl):
     """K_l = 2 Re(sum_n C (exp(dt A) - 1) / A exp(dt A l)), by FFT in numpy, and D x."""
     T, D, N = 100, 3, 4
@@ -35,6 +36,7 @@ def test_is_convolution_with_the_released_kernel(impl):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cases(1)
 def test_initial_memory(kind):
     """Every mode fades at the rate 1/2 and turns at pi n; the steps are log-uniform in [1e-3, 1e-1]."""
     _, params = initial(kind, width=4000, state_size=2)
@@ -58,6 +60,7 @@ def decays(kind, w):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cases(1)
 def test_an_impulse_shows_the_kernel_of_each_kind(kind):
     """Of the layer: 2 Re(sum_n C (exp(dt A) - 1) / A exp(dt A l)) at l, D at 0, through gelu and GLU."""
     D, N, T = 2, 3, 40

@@ -57,6 +57,7 @@ def test_a_matrix_at_chunk_1_is_the_recurrence_written_out():
     np.testing.assert_allclose(y_BTD, written_out(p["params"], np.float64(x_BTD), 0.7), atol=3e-4)
 
 
+@pytest.mark.long
 def test_persistent_tokens_are_read_before_all_else():
     """The memory begins with the weights that it has after them."""
     mixer, without = make(persistent=3, chunk=2), make(persistent=0, chunk=2)
@@ -71,6 +72,7 @@ def test_persistent_tokens_are_read_before_all_else():
     assert np.abs(y_BTD - jax.jit(without.apply)({"params": p}, x_BTD)[0]).max() > 1e-3
 
 
+@pytest.mark.long
 def test_one_token_again_and_again_does_not_blow_up():
     """Whatever the momentum: gradients that are a chunk old all point the same way, and add up."""
     mixer = make(chunk=8)

@@ -29,6 +29,7 @@ def reconstruction(p, W, h, k_K, v_K):
     return np.sum((k_K + z_K * p["norm_scale"][h] + p["norm_bias"][h] - v_K) ** 2) / 2
 
 
+@pytest.mark.long
 def test_the_first_step_is_down_the_slope_of_its_loss():
     """Against the difference quotient along a direction, in float64; the first place is not rotated."""
     with jax.enable_x64(True):
@@ -49,6 +50,7 @@ def test_the_first_step_is_down_the_slope_of_its_loss():
         np.testing.assert_allclose(step, -theta_H[h] * slope, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_learns_what_is_repeated():
     """With mini-batches of one token, the same token 40 times is reconstructed ever better."""
     mixer = memzoo.make("ttt_mlp", width=D, heads=H, head_dim=K, chunk=1, step=0.2)

@@ -23,6 +23,7 @@ def parameters(**fields):
 @pytest.mark.parametrize(
     ("impl", "activation", "sign"), [("scan", "relu", 1), ("newton", "relu", 1), ("scan", "identity", -1)]
 )
+@pytest.mark.cases(1)
 def test_begins_as_a_shift_register(impl, activation, sign):
     """h_t[-k mod N] = x_{t-k} for k < N, in every channel, to the bit; what is N and 2 N older is added to it."""
     mixer, params = parameters(impl=impl, activation=activation)
@@ -38,6 +39,7 @@ def test_begins_as_a_shift_register(impl, activation, sign):
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_errors_travel_back_along_the_ring_as_loud_as_they_came(impl):
     mixer, params = parameters(impl=impl)
     h_BCN, dh_BCN = rng.uniform(1, 2, size=(2, B, C, N)).astype(np.float32)

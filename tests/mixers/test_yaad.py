@@ -27,6 +27,7 @@ def parameters(mixer):
 
 
 @pytest.mark.parametrize("bound", ["learned", "infinite"])
+@pytest.mark.cases(1)
 def test_is_its_recurrence_written_out(bound):
     """Without a bound it descends half the square."""
     mixer = make(chunk=3)

@@ -157,6 +157,7 @@ def test_scanned_layers_begin_differently():
     assert kernel.shape[0] == 2 and not jnp.allclose(kernel[0], kernel[1])
 
 
+@pytest.mark.long
 def test_a_pattern_repeats_and_may_end_early(tokens_BT):
     attention = pytest.importorskip("memzoo.mixers.attention")
     fields = {**SMALL, "attention": {"window": 4, "heads": 2}}
@@ -173,6 +174,7 @@ def test_a_pattern_repeats_and_may_end_early(tokens_BT):
     assert jax.tree.map(jnp.shape, end) == jax.tree.map(jnp.shape, state)
 
 
+@pytest.mark.long
 def test_a_place_of_the_pattern_may_have_fields_of_its_own(tokens_BT):
     """Over those of all its kind: the same function as where they are given to all."""
     own = tuple(("gated_deltanet", {"heads": heads}) for heads in (2, 1))
@@ -201,6 +203,7 @@ def test_a_tied_head_has_no_parameters_of_its_own():
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.cases(1)
 def test_the_first_loss_is_near_that_of_a_uniform_guess(tied):
     model = small(vocab=65, width=64, layers=1, tied=tied)
     tokens_BT = jax.random.randint(jax.random.key(1), (4, 33), 0, 65)

@@ -46,6 +46,7 @@ def test_complements():
     assert other == "CTAATGTN" and COMPLEMENT[:7] == tuple(range(7))
 
 
+@pytest.mark.long
 def test_shared_strands_are_equivariant(dna):
     _, _, run = dna
     there, back = run(TOKENS), run(RC)
@@ -85,6 +86,7 @@ def test_conjoined_is_equivariant_after_training():
     np.testing.assert_allclose(bio_xlstm.conjoined(read, RC), joined[:, ::-1][..., COMPLEMENT], atol=1e-5)
 
 
+@pytest.mark.long
 def test_all_are_seen_from_both_ends_and_sequences_apart(dna):
     """A change anywhere moves all logits of its own sequence, before and after, and none of the other's."""
     _, _, run = dna
@@ -116,6 +118,7 @@ def prot():
     return tokens, params, lambda p, z, state=None, reset=WHOLE, place=None: in_numpy(run(p, z, state, reset, place))
 
 
+@pytest.mark.long
 def test_places_are_counted_from_the_start_of_a_protein(prot):
     """Masks take the place of what comes next; a call goes on where the last one ended; resets begin at 0."""
     tokens, params, run = prot

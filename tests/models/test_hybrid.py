@@ -58,6 +58,7 @@ def test_0_to_1_is_a_transformer_and_1_to_0_has_no_attention():
     )
 
 
+@pytest.mark.long
 def test_0_to_1_has_a_transformers_parameters_and_logits():
     """In NumPy: RMSNorm, causal softmax over queries and keys turned by their places, RMSNorm, SwiGLU; twice."""
     tokens_BT = np.random.default_rng(0).integers(0, Z, (2, 9))

@@ -71,6 +71,7 @@ def ssm_stack(p, tokens, parts=lambda l, x, u: 0, memories=lambda l, x: x):
     return norm(x, p["norm"]) @ p["embedding"].T
 
 
+@pytest.mark.long
 def test_with_all_parts_off_it_is_its_ssm_stack(params, tokens):
     plain = small(**OFF)
     shapes = jax.eval_shape(plain.init, jax.random.key(0), tokens)["params"]
@@ -86,6 +87,7 @@ def test_with_all_parts_off_it_is_its_ssm_stack(params, tokens):
     assert shape(state) == tuple((shape(ssm.initial_state(B)), (), (), ()) for _ in range(L))
 
 
+@pytest.mark.long
 def test_is_the_sum_of_its_parts(params, tokens):
     """Attention in the layers 1, 3, ... here, experts in 0, 2, ..., then the memories, which all layers share."""
     attention = memzoo.make("attention", width=D, window=256, parent=None, **FIELDS["attention"])
@@ -255,6 +257,7 @@ def test_without_a_state_attention_has_no_cache_to_read(tokens):
     assert flops[1] - flops[0] > 2 * 4 * 2 * 200 * T * 3 * B
 
 
+@pytest.mark.long
 def test_parts_begin_as_the_prototypes_do():
     """The branches' scales, and a gate that seldom opens, 0.12; keys of deviation 0.02, values of 0.01."""
     p = jax.jit(small(sub_keys=40, key_dim=64).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]

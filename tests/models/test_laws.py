@@ -100,6 +100,7 @@ def program(name, impl, dtype=np.float32):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(1)
 def test_shapes_and_dtypes(name):
     found, (logits, last) = program(name, "chunk")(*setup(name))
     assert logits.shape == (B, T, Z) and logits.dtype == np.float32
@@ -112,6 +113,7 @@ def test_shapes_and_dtypes(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(1)
 def test_every_parameter_and_every_state_matters(name):
     params, tokens, state, reset, weights = setup(name)
     (of_params, of_state), _ = program(name, "chunk")(params, tokens, state, np.zeros_like(reset), weights)
@@ -120,6 +122,7 @@ def test_every_parameter_and_every_state_matters(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(1)
 def test_forms_agree(name):
     arguments = setup(name)
     assert_close(program(name, "chunk")(*arguments), program(name, "scan")(*arguments), 1e-5)
@@ -136,6 +139,7 @@ def test_forms_agree_in_float64(name):
 
 
 @pytest.mark.parametrize(("name", "impl"), FORMS)
+@pytest.mark.cases(1)
 def test_pieces_equal_the_whole(name, impl):
     """Outputs, last state, and the gradients through the states that pass from piece to piece."""
     params, tokens, state, reset, (of_logits, of_state) = setup(name)
@@ -174,6 +178,7 @@ def test_a_reset_begins_a_new_sequence(name, impl):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(1)
 def test_no_state_is_the_initial_state(name):
     params, tokens, _, reset, weights = setup(name)
     got = in_numpy(jax.jit(make(name, "chunk").apply)(params, tokens))
@@ -211,6 +216,7 @@ def test_bfloat16_stays_near_float32(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(1)
 def test_generate_says_what_the_logits_of_the_whole_say(name):
     """Decoding is T = 1, greedily: each token is the likeliest after all before it."""
     params, tokens, _, reset, weights = setup(name)

@@ -52,6 +52,7 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(1)
 def test_pieces_are_the_whole(name):
     """Token by token, after another text that ended inside of a segment and a chunk. The state is no larger for it."""
     apply, _, tokens = setup(name)
@@ -99,6 +100,7 @@ def test_persistent_tokens_are_seen_by_all(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(1)
 def test_sizes(name):
     """Each reach more is, for each layer, a key and a value more; heads of the memory may be others."""
     bytes_of = lambda reach, layers: describe(make(name, reach, layers=layers)).state_bytes

@@ -80,6 +80,7 @@ def test_counts_its_parameters():
     assert abs(released / 385e6 - 1) < 0.05
 
 
+@pytest.mark.long
 def test_the_first_loss_is_near_that_of_a_uniform_guess():
     model = TransNormer(65, 64, 2)
     tokens = np.random.default_rng(1).integers(0, 65, (4, 33))
@@ -88,6 +89,7 @@ def test_the_first_loss_is_near_that_of_a_uniform_guess():
     assert abs(nats - np.log(65)) < 0.6
 
 
+@pytest.mark.long
 def test_remat_changes_nothing(params):
     tokens = np.random.default_rng(0).integers(0, Z, (B, T))
 

@@ -120,6 +120,7 @@ def test_counts_the_parameters_of_7b():
     assert ends + 32 * (describe(XLSTM7B(50_304, 4096, 1)).parameters - ends) == 6_865_424_896
 
 
+@pytest.mark.long
 def test_7b_caps_what_a_language_model_says():
     model = XLSTM7B(Z, 16, 1, fields={"mlstm": {"heads": 2}}, logit_cap=2.0)
     assert model.hidden == 64 and model.mixers == ("mlstm",)
@@ -132,6 +133,7 @@ def test_7b_caps_what_a_language_model_says():
     assert np.abs(got).max() < 2
 
 
+@pytest.mark.long
 def test_initial_parameters():
     """Deviations sqrt(2 / (5 D)), and 2 / (L sqrt(D)) of what goes back to the residual, L layers; forget biases 3 to
     6, input biases of deviation 0.1; skips and norms 1."""

@@ -48,6 +48,7 @@ RUN = {impl: run(impl) for impl in FORMS}
 
 @pytest.mark.parametrize("x64", (False, True), ids=("float32", "float64"))
 @pytest.mark.parametrize("kind", ("real", "singular", "complex"))
+@pytest.mark.cases(1)
 def test_forms_agree_with_the_equation(kind, x64):
     tolerance = 1e-10 if x64 else 1e-5
     with jax.enable_x64(x64):
@@ -92,6 +93,7 @@ def test_second_derivatives_are_those_of_the_scan(impl):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.cases(2)
 def test_nothing_crosses_a_reset(impl):
     A, x, _, _ = make("real")
     reset = np.zeros((B, T), bool)
@@ -135,6 +137,7 @@ def test_diagonal_transitions_are_linear_scan(impl):
 
 
 @pytest.mark.parametrize("length", (1, 2, CHUNK, CHUNK + 1))
+@pytest.mark.cases(2)
 def test_any_length(length):
     A, x, h, reset = (z if z.ndim == 2 and z.shape[1] == X else z[:, :length] for z in make("real"))
     want_BTX, want_BX = in_numpy(A, x, h, reset)

@@ -46,6 +46,7 @@ RUN = {impl: run(impl) for impl in FORMS}
 
 @pytest.mark.parametrize("resets", (False, True))
 @pytest.mark.parametrize("x64", (False, True), ids=("float32", "float64"))
+@pytest.mark.cases(1)
 def test_forms_agree_with_the_equation(x64, resets):
     tolerance = 1e-10 if x64 else 1e-5
     with jax.enable_x64(x64):
@@ -73,6 +74,7 @@ def test_is_convolution_with_its_kernel(impl):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.cases(1)
 def test_pieces_equal_the_whole(impl):
     *arrays, h, reset = make()
     x, *system = (jnp.asarray(a) for a in arrays)

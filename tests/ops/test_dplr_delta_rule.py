@@ -103,6 +103,7 @@ def test_the_definition_is_the_equation(per_key):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
 @pytest.mark.parametrize("impl", ("associative", "chunk"))
+@pytest.mark.cases(2)
 def test_forms_agree(impl, per_key, decay):
     for seed, case in enumerate(CASES):
         for reset in (some_resets(), np.zeros((B, T), bool)):
@@ -148,6 +149,7 @@ def test_the_delta_rule_is_a_case(impl):
 
 @pytest.mark.parametrize("nothing", ("a", "b"))
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.cases(1)
 def test_gated_linear_attention_is_a_case(impl, nothing):
     arrays = make("any", "mixed") | {nothing: np.zeros((B, T, H, K))}
     got = call(**arrays, reset_BT=some_resets(), impl=impl)
@@ -204,6 +206,7 @@ def test_inf_does_not_reach_the_next_sequence(impl):
     assert np.isfinite(y[:, 20:]).all() and np.isfinite(S).all() and not np.isfinite(y[:, 10:20]).all()
 
 
+@pytest.mark.long
 def test_bfloat16_inputs_keep_a_float32_state():
     arrays = make("rwkv7", "weak")
     want_y, want_S = call(**arrays, impl="scan")
@@ -213,6 +216,7 @@ def test_bfloat16_inputs_keep_a_float32_state():
     assert relative(np.asarray(y, np.float32), want_y) < 2e-2 and relative(S, want_S) < 2e-2
 
 
+@pytest.mark.long
 def test_no_decay_is_a_decay_of_zero():
     arrays = make("rwkv7", "weak")
     for impl, settings in FORMS.items():

@@ -84,6 +84,7 @@ def test_zoh_and_bilinear_are_a_step_of_the_ode():
 
 @pytest.mark.parametrize("N", [1, 5, 64])
 @pytest.mark.parametrize("k", [0, 1, 2, 30, 5000])
+@pytest.mark.cases(3)
 def test_a_step_of_legs(N, k):
     """zoh is the exponential in logarithmic time; the bilinear one in O(N) is the dense solve."""
     A, B = hippo.transition("legs", N)

@@ -52,6 +52,7 @@ def in_numpy(f_BTH, c_BHN, position_B, reset_BT, measure, rule, timescale):
 
 
 @pytest.mark.parametrize(("measure", "rule", "timescale"), CASES)
+@pytest.mark.cases(1)
 def test_forms_agree_with_the_equation(measure, rule, timescale):
     """Values, the last state, and gradients of one form against the other's, in float64."""
     with jax.enable_x64(True):
@@ -99,6 +100,7 @@ def least_squares(f_T):
 
 
 @pytest.mark.parametrize("impl", ("scan", "associative"))
+@pytest.mark.cases(1)
 def test_legs_is_the_least_squares_fit_of_all_the_past_at_every_step(impl):
     with jax.enable_x64(True):
         f_T = np.cumsum(np.random.default_rng(0).standard_normal(200))
@@ -133,6 +135,7 @@ def test_the_gradient_of_legs_keeps_no_matrix_per_step():
 
 
 @pytest.mark.parametrize("measure", ("legs", "legt", "lagt"))
+@pytest.mark.cases(1)
 def test_more_coefficients_hold_more_of_the_past(measure):
     """The error of a band-limited signal falls with each doubling of N; that of legs from 0.5 to less than 0.01."""
     T, timescale = 400, {"legs": 400, "legt": 400, "lagt": 60}[measure]

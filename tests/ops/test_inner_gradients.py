@@ -47,6 +47,7 @@ def by_hand(A, k_K, v_V, slope):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+@pytest.mark.cases(1)
 def test_one_token_moves_the_weights_by_minus_the_gradient(dtype, tolerance):
     """In both forms, with a step of 1."""
     rng = np.random.default_rng(1)

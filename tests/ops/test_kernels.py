@@ -53,6 +53,7 @@ def test_a_cpu_has_no_kernel(op):
 
 
 @each
+@pytest.mark.cases(1)
 def test_interpreted_by_name(op):
     """Within `interpreted`, and for no other name than 'pallas'."""
     call, reset = getattr(ops, op), np.arange(T)[None] == 7

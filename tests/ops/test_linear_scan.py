@@ -48,6 +48,7 @@ RUN = {impl: run(impl) for impl in FORMS}
 
 @pytest.mark.parametrize("x64", (False, True), ids=("float32", "float64"))
 @pytest.mark.parametrize("kind", ("positive", "signs", "zeros", "complex"))
+@pytest.mark.cases(1)
 def test_forms_agree_with_the_equation(kind, x64):
     tolerance = 1e-10 if x64 else 1e-5
     with jax.enable_x64(x64):
@@ -95,6 +96,7 @@ def test_second_derivatives_are_those_of_the_scan(impl, kind):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.cases(2)
 def test_nothing_crosses_a_reset(impl):
     a, x, _, _ = make("positive")
     reset = np.zeros((B, T), bool)
@@ -111,6 +113,7 @@ def test_nothing_crosses_a_reset(impl):
 
 @pytest.mark.parametrize("length", (1, 2, CHUNK, CHUNK + 1))
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.cases(11)
 def test_any_length(impl, length):
     a, x, h, reset = make("signs")
     want_BTX, want_BX = in_numpy(a[:, :length], x[:, :length], h, reset[:, :length])

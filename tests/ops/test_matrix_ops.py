@@ -121,6 +121,7 @@ def test_the_definition_is_the_equation(name, per_key):
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
 @pytest.mark.parametrize("impl", ("associative", "chunk"))
 @pytest.mark.parametrize("name", OPS)
+@pytest.mark.cases(2)
 def test_forms_agree(name, impl, per_key, decay):
     for seed, keys in enumerate(KEYS):
         for reset in (some_resets(), np.zeros((B, T), bool)):
@@ -212,6 +213,7 @@ def test_keys_are_the_first_axis_of_the_state():
 
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
 @pytest.mark.parametrize("name", OPS)
+@pytest.mark.cases(1)
 def test_bfloat16_inputs_keep_a_float32_state(name, per_key):
     a = make("correlated", "weak", per_key)
     want_y, want_S = OPS[name](**a, impl="scan")
@@ -303,6 +305,7 @@ def test_mixed_dtypes_take_the_widest(name, impl):
 
 
 @pytest.mark.parametrize("name", OPS)
+@pytest.mark.cases(1)
 def test_a_call_outside_of_jit_compiles_once(name):
     forms = sys.modules[f"memzoo.ops.{name}"]._forms
     arrays = make("random", "weak", False)

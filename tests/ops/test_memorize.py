@@ -110,6 +110,7 @@ def assert_close(got, want, atol=1e-10):
 
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
+@pytest.mark.cases(1)
 def test_is_gradient_descent_written_out(impl):
     with jax.enable_x64(True):
         p, at_chunks = problem(), np.zeros((B, T), bool)
@@ -167,6 +168,7 @@ def test_pieces_are_the_whole(impl):
         assert_close(state, want, 1e-12)
 
 
+@pytest.mark.long
 def test_a_call_may_be_known_to_begin_with_a_chunk():
     with jax.enable_x64(True):
         p, rule = problem(), Rule(window=WINDOW)

@@ -27,6 +27,7 @@ def written_out(x_CI, z_CI, w_CO, keep_CO):
 
 
 @pytest.mark.parametrize("C", [1, 3, 4, 10, 37])
+@pytest.mark.cases(2)
 def test_reads_are_sums_over_pairs_of_what_has_not_decayed(C):
     rng = np.random.default_rng(C)
     x_CI, z_CI, w_CO, keep_CO = rng.normal(size=(C, I)), rng.normal(size=(C, I)), rng.normal(size=(C, O)), kept(rng, C)

@@ -85,6 +85,7 @@ def assert_close(got, want, tolerance):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("T", [1, 13])
+@pytest.mark.cases(1)
 def test_forms_agree_in_values_and_gradients(dtype, T):
     with jax.enable_x64(dtype == "float64"):
         w, h_BX, xs, dh_BTX = problem(T, 1.5, dtype)
@@ -179,6 +180,7 @@ def test_too_few_iterations_give_nan_and_nothing_wrong():
         assert not np.isnan(last_BX[0]).any() and np.isnan(last_BX[1]).all()
 
 
+@pytest.mark.long
 def test_a_call_that_does_not_settle_falls_back_to_scan():
     """With `fallback`, values, final state and gradients are the loop's, though three iterations are far too few."""
     T = 13
@@ -248,6 +250,7 @@ def test_the_states_of_a_call_before_save_iterations():
 
 
 @pytest.mark.parametrize("impl", ["scan", "newton"])
+@pytest.mark.cases(1)
 def test_nothing_crosses_a_reset(impl):
     """Neither a NaN state before the first token, nor an infinite input of the sequence before; nor their gradients."""
     T = 13
@@ -347,6 +350,7 @@ def test_only_scan_is_twice_differentiable():
         jax.jvp(partial(cube, "newton"), (2.0,), (1.0,))
 
 
+@pytest.mark.long
 def test_the_diagonal_form_never_holds_a_full_jacobian():
     T, wide = 16, 128
     U_XX = np.eye(wide, dtype="float32")

@@ -48,6 +48,7 @@ def run():
 
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
 @pytest.mark.parametrize("size", [1.0, 60.0])
+@pytest.mark.cases(2)
 def test_is_the_softmax_over_the_prefix_and_the_window(run, impl, size):
     """Also with logits of 100, where either takes all. In pieces; what was there before the first reset is nonsense."""
     arrays, reset_BT = draw(size), resets()

@@ -61,6 +61,7 @@ def weights():
 
 @pytest.mark.parametrize("x64", (False, True), ids=("float32", "float64"))
 @pytest.mark.parametrize("decay", ("weak", "strong", "mixed", "none", "often idle"))
+@pytest.mark.cases(3)
 def test_forms_agree_with_the_equation(decay, x64):
     tolerance = 1e-10 if x64 else 1e-5
     with jax.enable_x64(x64):
@@ -142,6 +143,7 @@ def test_without_decay_is_a_cumulative_sum(impl):
     np.testing.assert_allclose(y_BTD, np.einsum("btn,btnd->btd", C, h_BTND), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_dtypes():
     """Inputs in bfloat16, steps and state in float32: y in bfloat16, and gradients in the dtype of what they are of."""
     arrays, reset = make("weak")

@@ -62,6 +62,7 @@ def gradients(arrays, reset, weights, impl, chunk=8):
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("T", [1, 8, 27])
+@pytest.mark.cases(1)
 def test_forms_are_the_loop(kind, T, cut):
     arrays, reset = system(kind, T), resets(T) if cut else None
     want_y, want_h = by_hand(*arrays, reset)
@@ -128,6 +129,7 @@ def test_convolve_wraps_nothing_around():
         np.testing.assert_allclose(got, np.swapaxes(want, 1, 2), atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_given_kernel_is_used():
     u, A, B_, C, h = (jnp.asarray(a, jnp.float32) for a in system("dense", 20))
     for reset in (None, jnp.asarray(resets(20))):
@@ -141,6 +143,7 @@ def test_a_given_kernel_is_used():
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.cases(1)
 def test_nan_does_not_cross_a_reset(impl):
     u, A, B_, C, h = (jnp.asarray(a, jnp.float32) for a in system("dense", 20))
     first = jnp.zeros((B, 20), bool).at[:, 0].set(True)

@@ -38,6 +38,7 @@ def reference(q, k, v, reset, empty):
 
 @pytest.mark.parametrize("empty", [[], [-1.0, 0.5, 2.0]])
 @pytest.mark.parametrize("impl, chunk", [("scan", 256), ("chunk", 256), ("chunk", 4)])
+@pytest.mark.cases(3)
 def test_tokens_without_a_value_take_weight_and_give_none(impl, chunk, empty):
     (q, k, v), reset = inputs()
     empty = np.float32(empty)
@@ -46,6 +47,7 @@ def test_tokens_without_a_value_take_weight_and_give_none(impl, chunk, empty):
     np.testing.assert_allclose(y, reference(*map(np.float64, (q, k, v)), reset, empty), atol=1e-5)
 
 
+@pytest.mark.long
 def test_forms_agree_from_a_full_cache_in_gradients_too():
     (q, k, v), reset = inputs()
     rng = np.random.default_rng(1)

@@ -30,6 +30,7 @@ def test_permutations_compose():
 
 
 @pytest.mark.parametrize("name", ["Z2", "Z7", "S5"])
+@pytest.mark.cases(1)
 def test_states_are_the_products_of_all_before(name):
     G = group(name)
     reset_BT = np.random.default_rng(0).random((4, 37)) < 0.2
