@@ -223,6 +223,14 @@ def test_bfloat16_inputs_keep_a_float32_state(name, per_key):
     assert relative(np.asarray(y, np.float32), want_y) < 2e-2 and relative(S, want_S) < 2e-2
 
 
+def test_products_of_bfloat16_are_summed_in_float32():
+    """257 ones: bfloat16 has 256 and 258."""
+    ones = jnp.ones((3, 257), jnp.bfloat16)
+    total = chunks.matmul("ik,jk->ij", ones, ones)
+    assert total.dtype == jnp.float32
+    np.testing.assert_array_equal(total, 257)
+
+
 def test_inverse_holds_for_correlated_keys():
     """Against float64, where Neumann doubling errs by 1e2 to 1e22."""
     rng = np.random.default_rng(0)

@@ -180,6 +180,20 @@ def test_a_call_may_be_known_to_begin_with_a_chunk():
         assert_close(last, want, 1e-12)
 
 
+@pytest.mark.parametrize(("impl", "at"), [("scan", 4), ("chunk", 0)])
+def test_nan_in_the_state_does_not_cross_a_reset(impl, at):
+    p, reset_BT = problem(), np.arange(T)[None].repeat(B, 0) == at
+    gates = p.gates._replace(alpha_BTH=None, gamma_BTH=None)
+    run = partial(memorize, matrix, half_square, {"W": np.zeros((H, V, K))}, chunk=CHUNK, impl=impl)
+    _, state = jax.eval_shape(run, p.q_BTHK, p.k_BTHK, p.v_BTHV, gates)
+    real = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+    broken = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan if real(leaf) else 0, leaf.dtype), state)
+    y_BTHV, last = jax.jit(run)(p.q_BTHK, p.k_BTHK, p.v_BTHV, gates, broken, reset_BT)
+    assert not np.isfinite(y_BTHV[:, :at]).any(), "the test itself"
+    assert np.isfinite(y_BTHV[:, at:]).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last))
+
+
 @pytest.mark.parametrize("impl", ["scan", "chunk"])
 def test_nothing_is_asked_of_tokens_that_are_not_there(impl):
     """A distance has no gradient at 0: neither the window's empty places nor what fills a block up may be there."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from memzoo import ops
+from memzoo.ops import newton as newton_module
 from memzoo.ops.newton import fixed_point
 
 B, X = 2, 5
@@ -95,6 +96,29 @@ def test_forms_agree_in_values_and_gradients(dtype, T):
             assert_close(want[0][1][0], cell_numpy(w, h_BX, xs, reset_BT), TOLERANCE[dtype])
             for jacobian in ("full", "diagonal"):
                 assert_close(everything(*args, "newton", jacobian), want, TOLERANCE[dtype])
+
+
+def test_the_adjoint_is_solved_at_once(monkeypatch):
+    """It is linear, so that one iteration with all of the Jacobian solves it, and the next sees that it is solved.
+
+    With a wrong one it would be right in the end, after as many iterations as there are tokens.
+    """
+    T, counts, iterate = 21, [], newton_module._iterate
+
+    def counted(*arguments):
+        h_BTX, iterations, more = iterate(*arguments)
+        jax.debug.callback(counts.append, iterations)
+        return h_BTX, iterations, more
+
+    monkeypatch.setattr(newton_module, "_iterate", counted)
+    w, h_BX, xs, dh_BTX = problem(T, 1.5, "float32")
+    run = lambda h_BX: ops.nonlinear_scan(partial(cell, w), h_BX, xs, resets(T), impl="newton", jacobian="full")[0]
+    _, pull = jax.vjp(run, h_BX)
+    jax.effects_barrier()
+    assert counts.pop() > 2, "the test itself"
+    pull(dh_BTX)
+    jax.effects_barrier()
+    assert counts.pop() <= 2
 
 
 def test_gradient_is_the_finite_difference():
