@@ -119,9 +119,8 @@ def test_the_definition_is_the_equation(name, per_key):
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("per_key", (False, True), ids=("per_head", "per_key"))
-@pytest.mark.parametrize("impl", ("associative", "chunk"))
+@pytest.mark.parametrize("impl", (pytest.param("associative", marks=pytest.mark.long), "chunk"))
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.cases(2)
 def test_forms_agree(name, impl, per_key, decay):
     for seed, keys in enumerate(KEYS):
         for reset in (some_resets(), np.zeros((B, T), bool)):
