@@ -6,7 +6,7 @@
 For each fault pytest runs, up to the first failure, the contract of one architecture, that architecture's own tests and
 those of the op at fault. One line is printed for each; the exit status is 1 if a fault is not found. A fault whose text
 is no longer in the sources, exactly once, is an error: it has to go with them. On 2 CPU cores, two at a time, the
-default tests take about 15 minutes. This is no part of the test suite.
+default tests take about 10 minutes. This is no part of the test suite.
 """
 
 import dataclasses
