@@ -14,7 +14,7 @@ from memzoo import contract
 from memzoo.ops.checks import IMPLS
 
 B, T, D = 2, 72, 12  # 72 tokens are a chunk of 64 and a piece
-CUTS = (0, 24, 48, T)  # pieces of one length are one program; those of the definition are single tokens
+CUTS = (0, 24, 48, T)  # where calls and sequences are cut, besides single tokens
 # Sizes that all differ from each other and from B, T, D, so that no axis can be mistaken for another.
 FIELDS = {
     "attention": {"heads": 3, "head_dim": 4, "window": 17, "sinks": 2},
@@ -104,7 +104,7 @@ def forms(*but):
     """(name, impl, of): what a form is held to, and in which precision; see `precision`.
 
     Compiling gradients is most of what all of this takes. By default the definition has them, and of the others the
-    values are compared; in the long tests all have them, in float64.
+    values are compared; in the long tests all have them, in float64, and kernels in float32.
     """
     every = []
     for name in NAMES:

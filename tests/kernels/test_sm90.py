@@ -122,7 +122,7 @@ def test_whatever_the_keys_and_decays(op, per_key, dtype):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("length", (1, 65, 200))
+@pytest.mark.parametrize("length", (1, 64, 65, 200))
 @each
 def test_any_length(op, length):
     check(op, *make(op, length=length), jnp.float32)
